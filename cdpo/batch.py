@@ -1,0 +1,115 @@
+"""The shared vocabulary: a prompt with its responses (Item), many of them packed (Batch), and their log-probs (Logps).
+
+Holds data only. Every other module imports from here; this one imports nothing of cdpo.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Pair(NamedTuple):
+    """Response `winner` was preferred to response `loser` with probability `preference` (1 for a hard label).
+
+    `weight` is the pair's share in every mean over pairs: a count, or a sampling mass; only ratios matter.
+    """
+
+    winner: int
+    loser: int
+    preference: float = 1.0
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt, tokenised, with its K >= 2 responses. A preference pair is K = 2."""
+
+    prompt: list[int]  # token ids, non-empty
+    responses: list[list[int]]  # K lists of token ids, each non-empty, EOS included where the response is complete
+    pairs: list[Pair]  # indices into responses
+    rewards: list[float] | None = None  # [K] true rewards, where the data set knows them
+    source: str = ""  # where it came from, "data.jsonl:4", for messages
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to encode: the prompt once, every response once."""
+        return len(self.prompt) + sum(map(len, self.responses))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """S responses of I Items as token rows, with the constants that a loss needs.
+
+    Packed: one row of T tokens, trees one after another, no padding; a token sees its own prompt and its own branch.
+    Padded (for architectures that cannot): one row per response, prompt repeated, `attention_mask` set.
+    """
+
+    input_ids: Tensor  # [R, T]
+    position_ids: Tensor  # [R, T]; every response continues its prompt's positions
+    tree: Tensor  # [R, T]; index of the Item within the batch
+    branch: Tensor  # [R, T]; 0 = prompt, k + 1 = response k
+    predict_at: Tensor  # [N]; flat position whose output predicts a response token
+    target: Tensor  # [N]; that token
+    owner: Tensor  # [N]; the response it belongs to
+    reference: Tensor  # [S]; summed reference log-probs, nats
+    length: Tensor  # [S]; tokens of each response
+    item: Tensor  # [S]; index of the Item within the batch
+    rewards: Tensor | None  # [S]
+    pairs: Tensor  # [P, 2]; winner and loser, as indices of responses
+    preference: Tensor  # [P]
+    weight: Tensor  # [P]
+    sources: tuple[str, ...]  # [I]; names of the Items
+    attention_mask: Tensor | None = None  # [R, T]; padded rows only
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are really encoded, padding excluded."""
+        return int(self.input_ids.numel() if self.attention_mask is None else self.attention_mask.sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with every tensor on `device`."""
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Logps:
+    """Log-probs of S responses, each summed over its tokens, in nats, float32 or better; what a loss is given.
+
+    `progress` and `baseline` are the only training state a loss may read: both come from reduced metrics, so every
+    rank and every micro-batch sees the same values.
+    """
+
+    policy: Tensor  # [S]
+    reference: Tensor  # [S]
+    length: Tensor  # [S]; tokens
+    item: Tensor  # [S]; index of the Item that a response belongs to
+    pairs: Tensor  # [P, 2]
+    preference: Tensor  # [P]; p in [0, 1]
+    weight: Tensor  # [P]
+    rewards: Tensor | None = None  # [S]
+    progress: float = 0.0  # share of the training steps done, in [0, 1)
+    baseline: float = 0.0  # mean log-ratio over all responses of all pairs seen in earlier steps, nats
+    sources: tuple[str, ...] = field(default=())  # [I]; names of the Items, for messages
+
+    def log_ratio(self) -> Tensor:
+        """log pi_theta(y|x) - log pi_ref(y|x), nats. [S]"""
+        return self.policy - self.reference
+
+    def of_pairs(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Values of the winners and of the losers. [S] -> [P], [P]"""
+        winner, loser = values[self.pairs].unbind(1)
+        return winner, loser
+
+    def margin(self) -> Tensor:
+        """Log-ratio of the winner minus log-ratio of the loser, nats. [P]"""
+        winner, loser = self.of_pairs(self.log_ratio())
+        return winner - loser
+
+    def swapped(self) -> Logps:
+        """Winner and loser exchanged, preference p -> 1 - p."""
+        return replace(self, pairs=self.pairs.flip(1), preference=1 - self.preference)
