@@ -36,8 +36,8 @@ class Item:
 
     @property
     def tokens(self) -> int:
-        """Tokens to encode: the prompt once, every response once."""
-        return len(self.prompt) + sum(map(len, self.responses))
+        """Tokens to encode: the prompt once, every response once, save its last token, which predicts nothing."""
+        return len(self.prompt) + sum(len(response) - 1 for response in self.responses)
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Batch:
     position_ids: Tensor  # [R, T]; every response continues its prompt's positions
     tree: Tensor  # [R, T]; index of the Item within the batch
     branch: Tensor  # [R, T]; 0 = prompt, k + 1 = response k
-    predict_at: Tensor  # [N]; flat position whose output predicts a response token
+    predict_at: Tensor  # [M]; flat positions whose outputs predict response tokens, each once
+    row: Tensor  # [N]; for every response token, response after response, the index into predict_at that predicts it
     target: Tensor  # [N]; that token
-    owner: Tensor  # [N]; the response it belongs to
+    length: Tensor  # [S]; tokens of each response, so N = length.sum()
     reference: Tensor  # [S]; summed reference log-probs, nats
-    length: Tensor  # [S]; tokens of each response
     item: Tensor  # [S]; index of the Item within the batch
     rewards: Tensor | None  # [S]
     pairs: Tensor  # [P, 2]; winner and loser, as indices of responses

@@ -6,13 +6,18 @@ or `after_step`, never inside autograd; state may depend only on reduced metrics
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Mapping
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ..batch import Logps
-    from ..change import Change
+    from cdpo.batch import Logps
+    from cdpo.change import Change
 
 
 class Constraint:
@@ -26,7 +31,7 @@ class Constraint:
         return ""
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Change the policy before training: adapters, freezing, dropout. At step 0 it must still equal the reference."""
+        """Change the policy before training: adapters, freezing. At step 0 it still equals the reference."""
         return model
 
     def begin(self, model: nn.Module, change: Change) -> None:
@@ -58,8 +63,21 @@ class Constraint:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What `begin` cannot recompute, as plain numbers, strings, lists and tensors; equal on every rank."""
-        return {}
+        """What `begin` cannot recompute: the dataclass fields with init=False. Plain numbers, equal on every rank."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if not f.init} if is_dataclass(self) else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+def check(constraints: Mapping[str, Constraint], lbfgs: bool) -> None:
+    """Raise ConfigError with the reason of every combination, by name, that cannot be used together."""
+    barred = {name: c.not_with_lbfgs for name, c in constraints.items() if lbfgs and c.not_with_lbfgs}
+    reasons = [f"{name} with optimizer=lbfgs: {reason}" for name, reason in barred.items()]
+    for (a, one), (b, other) in combinations(constraints.items(), 2):
+        if reason := one.conflict(other) or other.conflict(one):
+            reasons.append(f"{a} with {b}: {reason}")
+    if reasons:
+        raise ConfigError("constraints that cannot be combined:\n  " + "\n  ".join(reasons))

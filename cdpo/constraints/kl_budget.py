@@ -1,0 +1,55 @@
+"""A budget for how far the policy's distribution may move."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from ..batch import Logps
+from ..candidates import candidate_kl
+from . import Constraint
+
+
+@dataclass
+class KLBudget(Constraint):
+    """The KL of the policy to the reference is driven to at most `budget` nats per Item by a Lagrange multiplier.
+
+    Dual ascent: the loss gains multiplier * KL, and after every step multiplier <- max(0, multiplier + rate * (KL -
+    budget)). The KL is `candidate_kl`, exact on each Item's responses. It holds in the limit, not at every step.
+    """
+
+    budget: float  # nats per Item
+    rate: float = 0.1  # step of the multiplier per nat and training step
+    multiplier: float = field(init=False, default=0.0)
+    kl: float = field(init=False, default=0.0)  # of the last step
+
+    not_with_lbfgs = "the multiplier changes the objective from step to step; use optimizer=sgd or adamw"
+
+    def __post_init__(self) -> None:
+        for name in ("budget", "rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}; choose a positive {name}")
+
+    def conflict(self, other: Constraint) -> str:
+        return "two multipliers for one KL; keep the smaller budget" if isinstance(other, KLBudget) else ""
+
+    def penalty(self, logps: Logps) -> Tensor:
+        return self.multiplier * candidate_kl(logps)
+
+    def measure(self, logps: Logps) -> dict[str, Tensor]:
+        return {"kl_budget/kl": candidate_kl(logps)}
+
+    def after_step(self, model: nn.Module, metrics: Mapping[str, float]) -> None:
+        self.kl = metrics["kl_budget/kl"]
+        self.multiplier = max(0.0, self.multiplier + self.rate * (self.kl - self.budget))
+
+    def report(self) -> dict[str, float]:
+        """`boundary_distance`: nats left of the budget at the last step, negative if it was exceeded."""
+        return {
+            "binds": float(self.multiplier > 0),
+            "boundary_distance": self.budget - self.kl,
+            "multiplier": self.multiplier,
+        }

@@ -1,0 +1,32 @@
+"""A box around the start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from . import Constraint
+from .lora import LoRA
+from .projection import Projection
+
+
+@dataclass
+class LinfBall(Projection):
+    """After every step, every trained weight lies within `radius` of where it started, up to rounding."""
+
+    radius: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.radius < math.inf:
+            raise ValueError(f"radius={self.radius}; choose a positive radius")
+
+    def conflict(self, other: Constraint) -> str:
+        return "a low-rank change clipped weight by weight is no longer of low rank" if isinstance(other, LoRA) else ""
+
+    def after_step(self, model: nn.Module, metrics: Mapping[str, float]) -> None:
+        if self.record(self.radius - self.change.max_abs()):
+            for _, parameter, start in self.change.plain():
+                parameter.clamp_(start - self.radius, start + self.radius)

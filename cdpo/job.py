@@ -1,0 +1,212 @@
+"""One run, from its config to summary.json: config -> rows -> tokens -> reference -> policy under constraints -> fit.
+
+Safe to start twice: an interrupted run goes on, a finished one is not trained again. Sees plain dictionaries, no Hydra.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+
+from cdpo import __version__, config
+from cdpo.batch import Item
+from cdpo.constraints import check
+from cdpo.engine import Run, State, fit
+from cdpo.errors import CdpoError, ConfigError, DataError, DiskError, Preempted
+from cdpo.files import read_json, redact, write_json
+from cdpo.lock import locked
+from cdpo.model import check_lengths, export
+from cdpo.preemption import Signals
+from cdpo.progress import Progress
+from cdpo.reference import Scored, add_reference, check_start, layout_for
+from cdpo.rows import Data
+from cdpo.tokenise import tokenise
+
+log = logging.getLogger(__name__)
+
+
+def run(composed: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Train what `composed`, a resolved config, describes, in `folder`. Returns what stands in summary.json.
+
+    Raises a CdpoError whose exit code says what kind of thing went wrong; status.json in `folder` says the same.
+    """
+    spec = config.read(composed)
+    check(spec.constraint, lbfgs=spec.optimizer.full_batch)
+    with locked(folder):
+        _same_run(composed, folder)
+        if _state(folder) in ("finished", "stopped_early"):
+            log.info("%s is finished already; nothing to do", folder)
+            return read_json(folder / "summary.json")
+        write_json(folder / "config.json", composed)
+        with Signals() as signals, _status(folder), _logged(spec, composed, folder):
+            return _run(spec, folder, signals)
+
+
+def _run(spec: config.Config, folder: Path, signals: Signals) -> dict[str, Any]:
+    def interruptible(*_: Any) -> None:
+        if signals.requested:
+            raise Preempted(f"{signals.poll()} before the first step; the same command starts again")
+
+    data = spec.dataset.load(spec.seed)
+    tokenizer = spec.model.tokenizer(data)
+    train_items, held_out_items, rates = _tokens(spec, data, tokenizer, folder, interruptible)
+    interruptible()
+    accelerator = _accelerator(spec.trainer)
+    policy = spec.model.load(tokenizer, data).to(accelerator.device)
+    check_lengths(policy, max(_longest(item) for item in train_items + held_out_items))
+    padded, reason = layout_for(policy, train_items, getattr(spec.model, "attention", "trees"))
+    log.info("layout: %s", f"padded rows ({reason})" if padded else "packed prompt trees")
+    train = Scored(train_items, padded, accelerator.device)
+    held_out = Scored(held_out_items, padded, accelerator.device)
+    for scored, name in ((train, "train"), (held_out, "eval")):
+        _add_reference(policy, scored, spec, accelerator, folder / f"reference-{name}.safetensors", interruptible)
+    set_seed(spec.seed)
+    for constraint in spec.constraint.values():
+        policy = constraint.wrap(policy)
+    with torch.no_grad(), accelerator.autocast():
+        difference = check_start(policy, train)
+    log.info("step 0: policy equals reference (largest difference %.1e nats)", difference)
+    _prepare(policy, spec.trainer)
+    task = Run(
+        policy, tokenizer, train, held_out, spec.loss, spec.constraint, spec.optimizer, spec.trainer,
+        spec.seed, folder, accelerator, signals, spec.logger, rates,
+    )  # fmt: skip
+    state = fit(task)
+    export(policy, tokenizer, folder / "model")
+    return _summary(task, state, folder)
+
+
+def _tokens(
+    spec: config.Config, data: Data, tokenizer: Any, folder: Path, interruptible: Any
+) -> tuple[list[Item], list[Item], dict[str, float]]:
+    """Items to train on and to hold out, and the shares of rows cut and dropped; data_report.json holds the whole."""
+    train, ledger = tokenise(data.train, tokenizer, spec.dataset, interruptible)
+    held_out, held_out_ledger = tokenise(data.eval, tokenizer, spec.dataset, interruptible)
+    report = {"read": data.ledger.to_dict(), "train": ledger.to_dict(), "eval": held_out_ledger.to_dict()}
+    write_json(folder / "data_report.json", report)
+    train = [item for item in train if item.pairs]
+    if not train:
+        raise DataError("no pair is left to train on; data_report.json says where the rows went")
+    cut = ledger.notes["cut_prompts"].count + ledger.notes["cut_responses"].count
+    lost = data.ledger.rows - data.ledger.kept + ledger.rows - ledger.kept
+    rows = max(1, data.ledger.rows)
+    log.info("data: %d rows read, %d to train on, %d held out", data.ledger.rows, len(train), len(held_out))
+    return train, held_out, {"data/cut": cut / max(1, ledger.rows), "data/dropped": lost / rows}
+
+
+def _longest(item: Item) -> int:
+    return len(item.prompt) + max(map(len, item.responses)) - 1
+
+
+def _accelerator(trainer: config.Trainer) -> Accelerator:
+    """A fresh accelerator: its state is global, and runs of one process must not share it. ConfigError without the GPU."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if trainer.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("trainer.device=cuda, but torch sees no GPU here; use auto or cpu")
+    accelerator = Accelerator(mixed_precision="bf16" if trainer.autocast else "no", cpu=trainer.device == "cpu")
+    if accelerator.num_processes > 1:
+        raise ConfigError(f"{accelerator.num_processes} ranks were started, but a run trains on one; start one process")
+    return accelerator
+
+
+def _add_reference(
+    policy: Any, scored: Scored, spec: config.Config, accelerator: Accelerator, cache: Path, interruptible: Any
+) -> None:
+    with Progress(len(scored.items), 0, f"{cache.stem}") as bar, accelerator.autocast():
+
+        def on_batch(done: int) -> None:
+            interruptible()
+            bar.update(done)
+
+        add_reference(policy, scored, spec.trainer.tokens_per_micro_batch, cache, on_batch)
+
+
+def _prepare(policy: Any, trainer: config.Trainer) -> None:
+    if trainer.gradient_checkpointing:
+        if not getattr(policy, "supports_gradient_checkpointing", False):
+            raise ConfigError("trainer.gradient_checkpointing: this model does not support it; set it to false")
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    if trainer.compile:
+        policy.compile(dynamic=True)
+
+
+def _summary(task: Run, state: State, folder: Path) -> dict[str, Any]:
+    """What the run came to: the newest value of every metric, what the constraints did, how far the weights went."""
+    reports = {name: constraint.report() for name, constraint in task.constraints.items()}
+    summary = {
+        "state": "stopped_early" if state.stopped else "finished",
+        "stopped": state.stopped,
+        "step": state.step,
+        "steps": task.plan.steps,
+        "trainable": task.change.trainable(),
+        "change/norm": task.change.norm(),
+        "change/max_abs": task.change.max_abs(),
+        "change/effective_rank": task.change.effective_rank(),
+        "metrics": state.last,
+        "constraint": reports,
+    }
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+# ------------------------------------------------------------------------------------------------- the run directory
+
+
+def _state(folder: Path) -> str | None:
+    path = folder / "status.json"
+    return read_json(path)["state"] if path.is_file() else None
+
+
+def _same_run(composed: dict[str, Any], folder: Path) -> None:
+    """ConfigError, naming key, old and new value, if `folder` holds a run whose numbers another config made."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    old, new = config.trajectory(read_json(path)), config.trajectory(redact(composed))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            raise ConfigError(
+                f"{folder} holds a run with {key}={old.get(key)!r}, now it is {new.get(key)!r}: "
+                "choose another name, or go back to the old value"
+            )
+
+
+@contextmanager
+def _status(folder: Path) -> Iterator[None]:
+    """Keep status.json true: running, then finished, stopped_early, preempted or failed with its cause."""
+    where = {
+        "cdpo": __version__,
+        "torch": torch.__version__,
+        "host": platform.node(),
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+    write_json(folder / "status.json", {"state": "running", **where})
+    try:
+        yield
+    except BaseException as error:
+        state = "preempted" if isinstance(error, Preempted) else "failed"
+        cause = f"{type(error).__name__}: {error}"
+        write_json(folder / "status.json", {"state": state, "cause": cause, **where})
+        raise
+    write_json(folder / "status.json", {"state": read_json(folder / "summary.json")["state"], **where})
+
+
+@contextmanager
+def _logged(spec: config.Config, composed: dict[str, Any], folder: Path) -> Iterator[None]:
+    """The logger's copy of the run, begun and ended whatever happens in between."""
+    spec.logger.start(folder, composed)
+    try:
+        yield
+    except BaseException as error:
+        spec.logger.finish(getattr(error, "exit_code", 1))
+        raise
+    spec.logger.finish(0)

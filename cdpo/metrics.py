@@ -1,0 +1,106 @@
+"""Numbers of a run: exact means over pairs and ranks, and `metrics.jsonl`, which is the truth about it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cdpo.files import disk_errors, to_json, write_atomic
+
+log = logging.getLogger(__name__)
+
+
+class Means:
+    """Weighted means over rows that arrive in parts; however they are split, the result is equal to float64 rounding.
+
+    Nothing waits for the device until `reduce`, which needs one all-reduce and one transfer for all names together.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}  # name -> [2]: sum of weight * value, sum of weight
+
+    def add(self, name: str, values: Tensor, weight: Tensor | None = None) -> None:
+        """Add rows `values` [n] with their `weight` [n], 1 each by default."""
+        values = values.detach().double()
+        weight = torch.ones_like(values) if weight is None else weight.detach().double()
+        part = torch.stack([(values * weight).sum(), weight.sum()])
+        self._sums[name] = self._sums[name] + part if name in self._sums else part
+
+    def reduce(self, all_reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+        """The mean of each name, NaN where the weights sum to 0; then start over.
+
+        `all_reduce` returns the sum of a tensor over all ranks; every rank must have added the same names.
+        """
+        names, self._sums, sums = sorted(self._sums), {}, self._sums
+        if not names:
+            return {}
+        table = torch.stack([sums[name] for name in names])  # [names, 2]
+        if all_reduce is not None:
+            table = all_reduce(table)
+        return {name: total / weight if weight else math.nan for name, (total, weight) in zip(names, table.tolist())}
+
+
+class MetricsFile:
+    """Rows with a `step`, one JSON object a line, appended as they come. NaN and infinities are written as null."""
+
+    def __init__(self, path: Path) -> None:
+        """Open `path` for appending; call `truncate` before the first row. Raises DiskError."""
+        self.path = Path(path)
+        self._file = _appending(self.path)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append one row. Raises DiskError, and ValueError if it has no int `step`."""
+        if not isinstance(row.get("step"), int):
+            raise ValueError(f"a row of {self.path.name} needs an int 'step': {dict(row)}")
+        line = (to_json(row) + "\n").encode()
+        with disk_errors(self.path, len(line)):
+            while line:
+                line = line[self._file.write(line) :]
+
+    def truncate(self, step: int) -> int:
+        """Drop rows after `step` (-1: all) and lines that a kill has torn. Returns the last step there was, or -1.
+
+        Raises DiskError; then the file is as it was.
+        """
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        steps = [_step(line) for line in lines]
+        kept = [line for line, at in zip(lines, steps) if at is not None and at <= step]
+        if kept != lines:
+            log.info("%s: %d rows after step %d dropped", self.path, len(lines) - len(kept), step)
+            write_atomic(self.path, b"".join(kept))
+            self._file.close()
+            self._file = _appending(self.path)  # the name now belongs to another file
+        return max((at for at in steps if at is not None), default=-1)
+
+    def sync(self) -> None:
+        """Force the rows to the disk, before a checkpoint that counts on them. Raises DiskError."""
+        with disk_errors(self.path):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file; rows are on their way to the disk already."""
+        self._file.close()
+
+
+def _appending(path: Path) -> FileIO:
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "ab", buffering=0)
+
+
+def _step(line: bytes) -> int | None:
+    """The step of a row, or None for a line that is not a whole row."""
+    try:
+        step = json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None

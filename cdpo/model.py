@@ -1,0 +1,186 @@
+"""Policy and tokenizer: Hugging Face causal language models, and a tiny random one that needs no download.
+
+Each class is a group choice of conf/model/ with two methods, `tokenizer(data)` and `load(tokenizer, data)`; the model
+they return is the reference. Constraints change it afterwards, nothing here trains.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Iterator, Literal
+
+import torch
+
+from cdpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from cdpo.rows import Data
+
+log = logging.getLogger(__name__)
+
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+CHAT_TEMPLATE = (  # for models that ship none: the HH transcript form
+    "{% for m in messages %}{{ '\n\nAssistant: ' if m['role'] == 'assistant' else '\n\nHuman: ' }}{{ m['content'] }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant: ' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class HuggingFace:
+    """Any causal language model that transformers can load, by hub id or local folder."""
+
+    name_or_path: str
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    revision: str | None = None
+    attention: str = "trees"  # trees (packed, falls back with a reason), or sdpa, eager, flash_attention_2 (padded)
+    trust_remote_code: bool = False
+
+    def _load(self, auto: Any, **options: Any) -> Any:
+        options |= {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        try:
+            return auto.from_pretrained(self.name_or_path, **options)
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"model.name_or_path={self.name_or_path} could not be loaded: {reason}") from error
+
+    def tokenizer(self, data: Data) -> PreTrainedTokenizerBase:
+        """The model's own tokenizer; where it has no pad token, its EOS pads (rows are masked by length, never by id)."""
+        from transformers import AutoTokenizer
+
+        tokenizer = self._load(AutoTokenizer)
+        if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+            log.info("%s has no pad token; its EOS %r is used", self.name_or_path, tokenizer.eos_token)
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def load(self, tokenizer: PreTrainedTokenizerBase, data: Data) -> PreTrainedModel:
+        """The pretrained weights. Raises ConfigError if they cannot be had, or do not cover the tokenizer."""
+        from transformers import AutoModelForCausalLM
+
+        implementation = "sdpa" if self.attention == "trees" else self.attention
+        model = self._load(
+            AutoModelForCausalLM,
+            dtype=getattr(torch, self.dtype),
+            attn_implementation=implementation,
+            use_safetensors=True,
+        )
+        rows = model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > rows:
+            raise ConfigError(f"{self.name_or_path}: the tokenizer has {len(tokenizer)} tokens, the model {rows}")
+        return without_dropout(model)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A small Llama with random weights and a byte-level tokenizer: for laptops, tests and the bandit."""
+
+    hidden_size: int = 128
+    layers: int = 4
+    heads: int = 4
+    vocab_size: int = 258  # 258: bytes and two special tokens; more: BPE merges trained on the data
+    logit_std: float = 1.0  # spread of the initial logits; 0 would start from a uniform distribution
+    max_positions: int = 4096
+    init_seed: int = 0  # the weights do not depend on the run's seed: one reference for a whole sweep
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of 2 * heads = {2 * self.heads}")
+        if self.vocab_size < 258:
+            raise ValueError(f"vocab_size={self.vocab_size}; 258 (bytes and two special tokens) is the least")
+        if self.logit_std <= 0:
+            raise ValueError(f"logit_std={self.logit_std} must be positive")
+
+    def tokenizer(self, data: Data) -> PreTrainedTokenizerBase:
+        """Byte-level BPE, trained on the training rows where vocab_size asks for merges; saved with the model."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.vocab_size,
+            special_tokens=[EOS, PAD],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(_texts(data), trainer)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, chat_template=CHAT_TEMPLATE
+        )
+
+    def load(self, tokenizer: PreTrainedTokenizerBase, data: Data) -> PreTrainedModel:
+        """Random weights from `init_seed`; the head is scaled so that initial logits have `logit_std`."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=self.hidden_size,
+            intermediate_size=4 * self.hidden_size,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            max_position_embeddings=self.max_positions,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.init_seed)
+            model = LlamaForCausalLM(config)
+            # the last norm gives unit-variance features, so this is the spread of the logits
+            torch.nn.init.normal_(model.lm_head.weight, std=self.logit_std / self.hidden_size**0.5)
+        return model.to(getattr(torch, self.dtype))
+
+
+def _texts(data: Data) -> Iterator[str]:
+    """Every prompt and response of the training rows."""
+    for row in data.train:
+        prompt = row.prompt if isinstance(row.prompt, str) else "\n\n".join(m["content"] for m in row.prompt)
+        yield from (prompt, *row.responses)
+
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """Set every dropout that the checkpoint's config asks for to zero: dropout is a constraint, never a side effect."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # applied as a function by most attention modules
+    return model
+
+
+def check_lengths(model: PreTrainedModel, longest: int) -> None:
+    """ConfigError if a prompt with its response, `longest` tokens, has more positions than the model knows."""
+    known = getattr(model.config, "max_position_embeddings", None)
+    if known is not None and longest > known:
+        raise ConfigError(
+            f"a prompt with its response has {longest} tokens, the model knows {known} positions: "
+            f"lower dataset.max_prompt_tokens + dataset.max_response_tokens to {known}"
+        )
+
+
+def export(policy: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save as safetensors: an adapter for PeftModel.from_pretrained, or a whole model for from_pretrained.
+
+    Beside an adapter whose base was built here (no hub id, no folder) the base is saved too, under `base/`.
+    """
+    base = policy.get_base_model() if hasattr(policy, "peft_config") else policy
+    if base is not policy and not base.config.name_or_path:
+        _save_start(policy, folder / "base")
+    policy.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _save_start(policy: Any, folder: Path) -> None:
+    """The base weights under an adapter, under their own names, and the adapter's config pointed at them."""
+    import copy
+
+    base = copy.deepcopy(policy).unload()
+    base.save_pretrained(folder)
+    for config in policy.peft_config.values():
+        config.base_model_name_or_path = str(folder.resolve())

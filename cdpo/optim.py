@@ -1,0 +1,94 @@
+"""Optimizers and schedules. A schedule is a pure function of the step, so there is nothing of it to save or to lose.
+
+Weight decay is a constraint (conf/constraint/weight_decay.yaml), so every optimizer here has none.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Iterable, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate over the steps: linear warm-up, then constant, or falling to zero linearly or as a cosine."""
+
+    learning_rate: float
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+
+    full_batch: ClassVar[bool] = False  # whether every step must see all Items
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate} must be positive")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must not be negative")
+
+    def at(self, step: int, steps: int) -> float:
+        """Learning rate of `step`, counted from 0, out of `steps`."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
+        factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+        return self.learning_rate * factor[self.schedule]
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        """The torch optimizer over the trainable parameters."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class AdamW(Schedule):
+    """Loshchilov and Hutter 2019 (arXiv 1711.05101), without weight decay."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:  # noqa: D102
+        return torch.optim.AdamW(parameters, self.learning_rate, self.betas, self.eps, weight_decay=0.0)
+
+
+@dataclass(frozen=True)
+class SGD(Schedule):
+    """Stochastic gradient descent, with heavy-ball momentum."""
+
+    momentum: float = 0.0
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:  # noqa: D102
+        return torch.optim.SGD(parameters, self.learning_rate, self.momentum)
+
+
+@dataclass(frozen=True)
+class RMSprop(Schedule):
+    """The optimizer of the original DPO code (Rafailov et al. 2023, arXiv 2305.18290)."""
+
+    alpha: float = 0.99
+    eps: float = 1e-8
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:  # noqa: D102
+        return torch.optim.RMSprop(parameters, self.learning_rate, self.alpha, self.eps)
+
+
+@dataclass(frozen=True)
+class LBFGS(Schedule):
+    """Limited-memory BFGS with a strong-Wolfe line search: exact minima of small problems, on the full batch."""
+
+    max_iter: int = 20  # per step
+    history_size: int = 20
+    tolerance_grad: float = 1e-12
+    tolerance_change: float = 1e-15
+
+    full_batch: ClassVar[bool] = True
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:  # noqa: D102
+        options = {name: getattr(self, name) for name in ("max_iter", "history_size")}
+        tolerances = {name: getattr(self, name) for name in ("tolerance_grad", "tolerance_change")}
+        return torch.optim.LBFGS(
+            parameters, self.learning_rate, **options, **tolerances, line_search_fn="strong_wolfe"
+        )

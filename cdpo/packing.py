@@ -1,0 +1,135 @@
+"""Items -> Batches, and the order in which training sees them.
+
+A plan depends on the seed and the step only, so a resume replays nothing. Nothing here knows of models or losses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+from cdpo.batch import Batch, Item
+
+
+def pack(items: Sequence[Item], reference: Sequence[Tensor] | None = None, padded: bool = False) -> Batch:
+    """One batch of these Items, as packed trees (default) or as padded rows; `reference` holds [K] nats per Item.
+
+    Without `reference` it is zero, which is what the pass that computes the reference itself wants.
+    """
+    tokens = _padded_rows(items) if padded else _packed_trees(items)
+    sizes = [len(item.responses) for item in items]
+    first = [sum(sizes[:i]) for i in range(len(sizes))]  # index of each Item's first response
+    pairs = [(f + p.winner, f + p.loser, p.preference, p.weight) for f, item in zip(first, items) for p in item.pairs]
+    responses = [response for item in items for response in item.responses]
+    rewards = [item.rewards for item in items]
+    real = torch.float64  # kept exact here; score() and the loss choose their own precision
+    return Batch(
+        **tokens,
+        target=torch.tensor([token for response in responses for token in response]),
+        length=torch.tensor([len(response) for response in responses]),
+        reference=torch.cat(list(reference)) if reference is not None else torch.zeros(len(responses), dtype=real),
+        item=torch.tensor([i for i, size in enumerate(sizes) for _ in range(size)]),
+        rewards=torch.tensor([x for r in rewards for x in r or []], dtype=real) if all(rewards) else None,
+        pairs=torch.tensor([p[:2] for p in pairs]).reshape(-1, 2),
+        preference=torch.tensor([p[2] for p in pairs], dtype=real),
+        weight=torch.tensor([p[3] for p in pairs], dtype=real),
+        sources=tuple(item.source for item in items),
+    )
+
+
+def _packed_trees(items: Sequence[Item]) -> dict[str, Tensor]:
+    """All trees in one row. The last token of a response is not encoded: nothing is predicted from it."""
+    ids: list[int] = []
+    positions: list[int] = []
+    tree: list[int] = []
+    branch: list[int] = []
+    at: list[int] = []  # for every response token, the flat position that predicts it
+    for t, item in enumerate(items):
+        n = len(item.prompt)
+        last = len(ids) + n - 1  # the prompt's last token predicts the first token of every response
+        ids += item.prompt
+        positions += range(n)
+        branch += [0] * n
+        for k, response in enumerate(item.responses):
+            at += [last, *range(len(ids), len(ids) + len(response) - 1)]
+            ids += response[:-1]
+            positions += range(n, n + len(response) - 1)
+            branch += [k + 1] * (len(response) - 1)
+        tree += [t] * item.tokens
+    predict_at, row = torch.unique(torch.tensor(at), return_inverse=True)
+    rows = {"input_ids": ids, "position_ids": positions, "tree": tree, "branch": branch}
+    return {name: torch.tensor(values)[None] for name, values in rows.items()} | {"predict_at": predict_at, "row": row}
+
+
+def _padded_rows(items: Sequence[Item]) -> dict[str, Tensor]:
+    """One right-padded row per response, for architectures whose attention we cannot replace."""
+    rows = [(t, k, item.prompt, r) for t, item in enumerate(items) for k, r in enumerate(item.responses)]
+    width = max(len(prompt) + len(r) - 1 for _, _, prompt, r in rows)
+    ids, mask, tree, branch = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(4))
+    at: list[int] = []
+    for i, (t, k, prompt, response) in enumerate(rows):
+        n, end = len(prompt), len(prompt) + len(response) - 1
+        ids[i, :end] = torch.tensor(prompt + response[:-1])
+        mask[i, :end], tree[i], branch[i, n:] = 1, t, k + 1
+        at += range(i * width + n - 1, i * width + end)
+    return {
+        "input_ids": ids,
+        "position_ids": torch.arange(width).expand(len(rows), width),
+        "tree": tree,
+        "branch": branch,
+        "predict_at": torch.tensor(at),
+        "row": torch.arange(len(at)),
+        "attention_mask": mask,
+    }
+
+
+def by_tokens(sizes: Sequence[int], indices: Sequence[int], budget: int) -> list[list[int]]:
+    """Split `indices` into micro-batches of at most `budget` tokens; a larger Item stands alone.
+
+    Longest first, so that peak memory comes at once and not hours later, and equal trees stand together.
+    """
+    batches: list[list[int]] = []
+    room = 0
+    for i in sorted(indices, key=lambda i: (-sizes[i], i)):
+        if not batches or sizes[i] > room:
+            batches.append([])
+            room = budget
+        batches[-1].append(i)
+        room -= sizes[i]
+    return batches
+
+
+@lru_cache(maxsize=2)
+def _order(n: int, seed: int, epoch: int) -> list[int]:
+    """The order of one epoch: a permutation that depends on seed and epoch only."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(n, generator=generator).tolist()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which Items each optimizer step sees, in which micro-batches: `plan[step]`, whatever came before.
+
+    Every epoch is a fresh permutation; its last step may be smaller, no Item is left out.
+    """
+
+    sizes: Sequence[int]  # tokens of each Item
+    batch_size: int  # Items per optimizer step
+    steps: int
+    seed: int
+    token_budget: int  # tokens per micro-batch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the Items."""
+        return -(-len(self.sizes) // self.batch_size)
+
+    def __getitem__(self, step: int) -> list[list[int]]:
+        """The micro-batches of a step, as indices of Items."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        chosen = _order(len(self.sizes), self.seed, epoch)[k * self.batch_size : (k + 1) * self.batch_size]
+        return by_tokens(self.sizes, chosen, self.token_budget)

@@ -1,0 +1,53 @@
+"""Signals that ask a run to stop. A handler only sets a flag; the loop polls it where it can stop and save."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class Signals:
+    """While entered, SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 are remembered and do not kill; a second one exits at once.
+
+    SLURM sends SIGTERM to preempt and, if asked to with `--signal`, USR1 or USR2 before the time limit. Does nothing
+    outside the main thread, where Python allows no handlers. Raises nothing.
+    """
+
+    HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(self) -> None:
+        self._pending: str | None = None
+        self._owner = 0
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def poll(self) -> str | None:
+        """The name of the signal that asked to stop, "SIGTERM" for example, or None."""
+        return self._pending
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal asked to stop."""
+        return self._pending is not None
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            self._owner = os.getpid()
+            self._previous = {number: signal.signal(number, self._receive) for number in self.HANDLED}
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
+        self._previous = {}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if os.getpid() != self._owner:  # a forked worker inherits the handler, and should die as workers do
+            os._exit(128 + number)
+        if self._pending is not None:
+            os.write(2, f"\n{name} after {self._pending}: exiting at once, without saving\n".encode())
+            os._exit(128 + number)
+        self._pending = name

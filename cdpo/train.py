@@ -1,0 +1,154 @@
+"""The command line, cdpo-train: Hydra's main, exit codes, and the table after a sweep. The only file that sees a DictConfig.
+
+torch and transformers are imported inside functions, so that --help and --cfg job answer at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cdpo import config
+from cdpo.errors import CdpoError, ConfigError, DiskError, Preempted
+
+log = logging.getLogger(__name__)
+OUTCOMES: list[tuple[Path, BaseException | None]] = []  # every run of this process, and what ended it
+
+
+def _choices(root: Any) -> dict[str, Any]:
+    return dict(OmegaConf.select(root, "hydra.runtime.choices") or {})
+
+
+def _plain(root: Any) -> dict[str, Any]:
+    """The job's part of a config, unresolved, as plain dictionaries."""
+    node = OmegaConf.masked_copy(root, [key for key in root if key != "hydra"])
+    return OmegaConf.to_container(node, resolve=False)  # type: ignore[return-value]
+
+
+def _run_name(*, _root_: DictConfig) -> str:
+    return config.run_name(_plain(_root_), _choices(_root_))
+
+
+def _run_dir(*, _root_: DictConfig) -> str:
+    return str(Path(_root_.output_root) / (_root_.name or _run_name(_root_=_root_)))
+
+
+def _sweep_dir(*, _root_: DictConfig) -> str:
+    return str(Path(_root_.output_root, *([_root_.name] if _root_.name else [])))
+
+
+for _name, _resolver in {"run_name": _run_name, "run_dir": _run_dir, "sweep_dir": _sweep_dir}.items():
+    OmegaConf.register_new_resolver(f"cdpo.{_name}", _resolver, replace=True)
+
+
+@hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")
+def _job(cfg: DictConfig) -> None:
+    """One job of Hydra: alone, or one of a sweep."""
+    settings = HydraConfig.get()
+    folder = Path(settings.runtime.output_dir)
+    if any(isinstance(error, Preempted) for _, error in OUTCOMES):
+        raise Preempted("the sweep was asked to stop")
+    try:
+        composed = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        assert isinstance(composed, dict)
+        _only_from_the_command_line(composed, list(settings.overrides.task))
+        from cdpo.job import run
+
+        summary = run(composed, folder)
+    except BaseException as error:
+        OUTCOMES.append((folder, error))
+        if settings.mode == RunMode.MULTIRUN and isinstance(error, CdpoError):
+            log.error("%s failed: %s", folder.name, error)
+        raise
+    OUTCOMES.append((folder, None))
+    _show(summary, folder)
+
+
+def _only_from_the_command_line(composed: dict[str, Any], overrides: list[str]) -> None:
+    """Remote code may be trusted by the person at the command line, never by a file."""
+    trusted = composed["model"].get("trust_remote_code")
+    if trusted and not any(override.lstrip("+").startswith("model.trust_remote_code=") for override in overrides):
+        raise ConfigError("model.trust_remote_code can only be set on the command line")
+
+
+def _show(summary: dict[str, Any], folder: Path) -> None:
+    from cdpo.progress import summary_table
+
+    names = ("eval/loss", "eval/rewards/accuracies", "eval/rewards/accuracies_stderr", "eval/rewards/margins")
+    rows = {key: summary[key] for key in ("state", "step", "trainable", "change/norm", "change/effective_rank")}
+    rows |= {name: summary["metrics"][name] for name in names if name in summary["metrics"]}
+    rows |= {f"constraint/{c}/{key}": v for c, report in summary["constraint"].items() for key, v in report.items()}
+    summary_table(rows | {"directory": str(folder)}, title=folder.name)
+
+
+def main() -> None:
+    """The console script. Exit codes: 0 done, 2 config, 3 data, 4 numerics, 74 disk, 75 preempted, 1 anything else.
+
+    A sweep returns 1 if any of its runs failed. CDPO_DEBUG=1 shows tracebacks.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, and they are shown here in a few lines
+    sys.argv[1:] = _with_model_group(sys.argv[1:])
+    sweep = bool({"-m", "--multirun"} & set(sys.argv[1:]))
+    try:
+        _job()
+    except Exception as error:
+        if os.environ.get("CDPO_DEBUG") == "1":
+            raise
+        code = _explain(error, quiet=sweep and bool(OUTCOMES))
+        sys.exit(_sweep_table() if sweep and OUTCOMES else code)
+    if sweep and OUTCOMES:
+        sys.exit(_sweep_table())
+
+
+def _with_model_group(arguments: list[str]) -> list[str]:
+    """`model.name_or_path=X` alone means `model=hf model.name_or_path=X`: the tiny default has no such key."""
+    named = any(argument.startswith("model.name_or_path=") for argument in arguments)
+    chosen = any(argument.startswith("model=") for argument in arguments)
+    return [*arguments, "model=hf"] if named and not chosen else arguments
+
+
+def _explain(error: Exception, quiet: bool) -> int:
+    """Print what, where and what to do, in a few lines; returns the exit code."""
+    if isinstance(error, CdpoError):
+        message, code = str(error), error.exit_code
+    elif isinstance(error, (HydraException, OmegaConfBaseException)):
+        message, code = _composition(error), ConfigError.exit_code
+    elif isinstance(error, OSError) and error.errno == 28:  # no space left on device
+        message, code = str(error), DiskError.exit_code
+    else:
+        message, code = f"{type(error).__name__}: {error} (CDPO_DEBUG=1 shows the traceback)", 1
+    if not quiet:
+        print(f"cdpo-train: {message}", file=sys.stderr)
+    return code
+
+
+def _composition(error: Exception) -> str:
+    """Hydra's message, with the nearest valid name where a key or a choice is unknown."""
+    chain = f"{error}\n{error.__cause__ or ''}"
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={choice} does not exist{config.nearest(choice, error.options)}; {', '.join(error.options)}"
+    return chain.strip().splitlines()[0]
+
+
+def _sweep_table() -> int:
+    """One line per run; returns 0 if all are done, else 1."""
+    from cdpo.progress import summary_table
+
+    rows = {folder.name: "done" if error is None else f"{type(error).__name__}: {error}"[:100] for folder, error in OUTCOMES}
+    summary_table(rows, title=f"{len(rows)} runs")
+    return int(any(error is not None for _, error in OUTCOMES))
+
+
+if __name__ == "__main__":
+    main()
