@@ -7,9 +7,10 @@ forward. An architecture that cannot take it is found out by `layout_for`, which
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -91,7 +92,7 @@ def tree_attention(
             raise ValueError("attention dropout is not available for packed trees on CUDA; set model.attention=sdpa")
         out = _compiled_flex()(query, key, value, block_mask=trees.block_mask, scale=scaling, enable_gqa=gqa)
         return out.transpose(1, 2), None
-    options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": gqa}
+    options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": gqa}
     if trees.even:  # [1, h, B * L, d] -> [B, h, L, d]: one call for all trees
         q, k, v = (x[0].unflatten(1, (len(trees.sizes), -1)).transpose(0, 1) for x in (query, key, value))
         out = scaled_dot_product_attention(q, k, v, attn_mask=trees.masks[0], **options)

@@ -6,7 +6,7 @@ Holds data only. Every other module imports from here; this one imports nothing 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,7 +72,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with every tensor on `device`."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {
+            k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)
+        }
         return replace(self, **moved)
 
 

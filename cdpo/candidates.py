@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .batch import Logps
+from cdpo.batch import Logps
 
 
 def count_items(logps: Logps) -> int:

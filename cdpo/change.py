@@ -14,7 +14,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from .errors import ConfigError
+from cdpo.errors import ConfigError
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -42,9 +42,7 @@ def _delta(layer: Any) -> Tensor:
     weight = _wide(layer.get_base_layer().weight)
     merged = copy.deepcopy(layer).to(weight.dtype)
     merged.merge()
-    delta = merged.get_base_layer().weight - weight
-    rounding = 8 * torch.finfo(weight.dtype).eps * weight.abs()  # merging an untouched layer already leaves this much
-    return delta.where(delta.abs() > rounding, 0)
+    return merged.get_base_layer().weight - weight
 
 
 def _core(layer: Any) -> Tensor:

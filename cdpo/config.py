@@ -14,9 +14,10 @@ import inspect
 import json
 import re
 import typing
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, Literal, Mapping, Sequence
+from typing import Any, Literal
 
 from cdpo.errors import ConfigError
 
@@ -74,10 +75,15 @@ class Config:
     allow_targets: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.name is not None and not NAME.fullmatch(self.name):
-            raise ValueError(f"name={self.name!r} must match {NAME.pattern}")
+        check_name(self.name)
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed={self.seed} must lie in [0, 2**31)")
+
+
+def check_name(name: Any) -> None:
+    """ConfigError unless `name` is None or names a directory that stays under the output root."""
+    if name is not None and not NAME.fullmatch(str(name)):
+        raise ConfigError(f"name={name!r} must match {NAME.pattern}")
 
 
 def read(composed: Mapping[str, Any]) -> Config:
@@ -156,7 +162,7 @@ def _is_interface(hint: Any) -> bool:
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """", did you mean ...?" if a known name is close, else nothing."""
+    """ ", did you mean ...?" if a known name is close, else nothing."""
     close = difflib.get_close_matches(key, list(known), n=1)
     return f", did you mean {close[0]}?" if close else ""
 

@@ -192,7 +192,9 @@ def note(rows: list[Row], ledger: Ledger) -> None:
 
 def split(name: str, rows: list[Row], size: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Training and held-out rows, in their order. Rows of one prompt stay together: no prompt is seen in both."""
-    wanted = int(size) if size >= 1 else round(size * len(rows))
+    if size == 0:
+        return rows, []
+    wanted = int(size) if size >= 1 else max(1, round(size * len(rows)))
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(str(row.prompt), []).append(i)
@@ -202,9 +204,9 @@ def split(name: str, rows: list[Row], size: float, seed: int) -> tuple[list[Row]
     for group in shuffled:
         if len(held_out) + len(group) <= wanted:
             held_out.update(group)
-    if size > 0 and not 0 < len(held_out) < len(rows):
+    if not 0 < len(held_out) < len(rows):
         raise DataError(
             f"{name}: dataset.eval_size={size:g} holds out {len(held_out)} of {len(rows)} rows; "
-            "choose another, or 0 to hold out none"
+            "choose another, or 0 to hold out none (rows of one prompt stay together)"
         )
     return [r for i, r in enumerate(rows) if i not in held_out], [r for i, r in enumerate(rows) if i in held_out]

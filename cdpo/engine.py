@@ -74,6 +74,7 @@ class Run:
     accelerator: Accelerator
     signals: Signals
     logger: Any
+    composed: dict[str, Any]  # the config, for the logger's copy
     data_rates: dict[str, float] = field(default_factory=dict)  # shares of rows cut and dropped, logged with each step
 
     def __post_init__(self) -> None:
@@ -112,7 +113,7 @@ def fit(run: Run) -> State:
     state, checkpoints = run.state, run.folder / "checkpoints"
     saved = _restore(run, checkpoints)
     metrics = MetricsFile(run.folder / "metrics.jsonl")
-    metrics.truncate(saved)
+    run.logger.start(run.folder, run.composed, after=metrics.truncate(saved))
     with Progress(run.plan.steps, state.step, run.folder.name) as bar:
         while True:
             if state.looked < state.step:
@@ -256,7 +257,9 @@ def _evaluate(run: Run) -> dict[str, float]:
             return score_with_statistics(run.policy, batch)
 
     budget = run.trainer.tokens_per_micro_batch
-    row = evaluate(run.policy, run.held_out, run.loss, run.beta, score_batch, budget, on_batch=on_batch, **run.context())
+    row = evaluate(
+        run.policy, run.held_out, run.loss, run.beta, score_batch, budget, on_batch=on_batch, **run.context()
+    )
     reports = {name: constraint.report() for name, constraint in run.constraints.items()}
     return row | {f"constraint/{name}/{key}": value for name, found in reports.items() for key, value in found.items()}
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import platform
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,8 +21,8 @@ from cdpo import __version__, config
 from cdpo.batch import Item
 from cdpo.constraints import check
 from cdpo.engine import Run, State, fit
-from cdpo.errors import CdpoError, ConfigError, DataError, DiskError, Preempted
-from cdpo.files import read_json, redact, write_json
+from cdpo.errors import ConfigError, DataError, Preempted
+from cdpo.files import read_json, redact, sweep, write_json
 from cdpo.lock import locked
 from cdpo.model import check_lengths, export
 from cdpo.preemption import Signals
@@ -41,16 +42,17 @@ def run(composed: dict[str, Any], folder: Path) -> dict[str, Any]:
     spec = config.read(composed)
     check(spec.constraint, lbfgs=spec.optimizer.full_batch)
     with locked(folder):
+        sweep(folder)
         _same_run(composed, folder)
         if _state(folder) in ("finished", "stopped_early"):
             log.info("%s is finished already; nothing to do", folder)
             return read_json(folder / "summary.json")
         write_json(folder / "config.json", composed)
-        with Signals() as signals, _status(folder), _logged(spec, composed, folder):
-            return _run(spec, folder, signals)
+        with Signals() as signals, _status(folder, spec.logger):
+            return _run(spec, composed, folder, signals)
 
 
-def _run(spec: config.Config, folder: Path, signals: Signals) -> dict[str, Any]:
+def _run(spec: config.Config, composed: dict[str, Any], folder: Path, signals: Signals) -> dict[str, Any]:
     def interruptible(*_: Any) -> None:
         if signals.requested:
             raise Preempted(f"{signals.poll()} before the first step; the same command starts again")
@@ -77,7 +79,7 @@ def _run(spec: config.Config, folder: Path, signals: Signals) -> dict[str, Any]:
     _prepare(policy, spec.trainer)
     task = Run(
         policy, tokenizer, train, held_out, spec.loss, spec.constraint, spec.optimizer, spec.trainer,
-        spec.seed, folder, accelerator, signals, spec.logger, rates,
+        spec.seed, folder, accelerator, signals, spec.logger, composed, rates,
     )  # fmt: skip
     state = fit(task)
     export(policy, tokenizer, folder / "model")
@@ -180,8 +182,8 @@ def _same_run(composed: dict[str, Any], folder: Path) -> None:
 
 
 @contextmanager
-def _status(folder: Path) -> Iterator[None]:
-    """Keep status.json true: running, then finished, stopped_early, preempted or failed with its cause."""
+def _status(folder: Path, logger: Any) -> Iterator[None]:
+    """Keep status.json true: running, then finished, stopped_early, preempted or failed with its cause; end the logger."""
     where = {
         "cdpo": __version__,
         "torch": torch.__version__,
@@ -196,17 +198,7 @@ def _status(folder: Path) -> Iterator[None]:
         state = "preempted" if isinstance(error, Preempted) else "failed"
         cause = f"{type(error).__name__}: {error}"
         write_json(folder / "status.json", {"state": state, "cause": cause, **where})
+        logger.finish(getattr(error, "exit_code", 1))
         raise
+    logger.finish(0)
     write_json(folder / "status.json", {"state": read_json(folder / "summary.json")["state"], **where})
-
-
-@contextmanager
-def _logged(spec: config.Config, composed: dict[str, Any], folder: Path) -> Iterator[None]:
-    """The logger's copy of the run, begun and ended whatever happens in between."""
-    spec.logger.start(folder, composed)
-    try:
-        yield
-    except BaseException as error:
-        spec.logger.finish(getattr(error, "exit_code", 1))
-        raise
-    spec.logger.finish(0)

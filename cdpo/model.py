@@ -7,9 +7,10 @@ they return is the reference. Constraints change it afterwards, nothing here tra
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -40,6 +41,9 @@ class HuggingFace:
     trust_remote_code: bool = False
 
     def _load(self, auto: Any, **options: Any) -> Any:
+        local = self.name_or_path.startswith(("/", "./", "../", "~"))
+        if local and not Path(self.name_or_path).is_dir():
+            raise ConfigError(f"model.name_or_path={self.name_or_path}: no such folder")
         options |= {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         try:
             return auto.from_pretrained(self.name_or_path, **options)
@@ -79,7 +83,7 @@ class Tiny:
     """A small Llama with random weights and a byte-level tokenizer: for laptops, tests and the bandit."""
 
     hidden_size: int = 128
-    layers: int = 4
+    layers: int = 2
     heads: int = 4
     vocab_size: int = 258  # 258: bytes and two special tokens; more: BPE merges trained on the data
     logit_std: float = 1.0  # spread of the initial logits; 0 would start from a uniform distribution
@@ -121,7 +125,7 @@ class Tiny:
         config = LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=self.hidden_size,
-            intermediate_size=4 * self.hidden_size,
+            intermediate_size=8 * self.hidden_size // 3 // 8 * 8,
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
             max_position_embeddings=self.max_positions,
@@ -150,7 +154,7 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # applied as a function by most attention modules
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010  applied as a function by most attention modules
     return model
 
 

@@ -6,8 +6,9 @@ Weight decay is a constraint (conf/constraint/weight_decay.yaml), so every optim
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Iterable, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -50,7 +51,7 @@ class AdamW(Schedule):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:  # noqa: D102
+    def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         return torch.optim.AdamW(parameters, self.learning_rate, self.betas, self.eps, weight_decay=0.0)
 
 
@@ -60,7 +61,7 @@ class SGD(Schedule):
 
     momentum: float = 0.0
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:  # noqa: D102
+    def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         return torch.optim.SGD(parameters, self.learning_rate, self.momentum)
 
 
@@ -71,7 +72,7 @@ class RMSprop(Schedule):
     alpha: float = 0.99
     eps: float = 1e-8
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:  # noqa: D102
+    def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         return torch.optim.RMSprop(parameters, self.learning_rate, self.alpha, self.eps)
 
 
@@ -86,9 +87,7 @@ class LBFGS(Schedule):
 
     full_batch: ClassVar[bool] = True
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:  # noqa: D102
+    def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         options = {name: getattr(self, name) for name in ("max_iter", "history_size")}
         tolerances = {name: getattr(self, name) for name in ("tolerance_grad", "tolerance_change")}
-        return torch.optim.LBFGS(
-            parameters, self.learning_rate, **options, **tolerances, line_search_fn="strong_wolfe"
-        )
+        return torch.optim.LBFGS(parameters, self.learning_rate, **options, **tolerances, line_search_fn="strong_wolfe")

@@ -5,9 +5,9 @@ A plan depends on the seed and the step only, so a resume replays nothing. Nothi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Sequence
 
 import torch
 from torch import Tensor

@@ -71,7 +71,7 @@ def summary_table(rows: Mapping[str, Any], title: str = "") -> None:
     """Print names and values as a table on stdout, floats with four digits, None as a dash."""
     table = Table(title=title or None, show_header=False, title_justify="left")
     table.add_column(no_wrap=True)
-    table.add_column(justify="right")
+    table.add_column(justify="right", overflow="fold")
     for name, value in rows.items():
         table.add_row(str(name), shown_number(value))
     Console(file=sys.stdout, highlight=False, markup=False).print(table)

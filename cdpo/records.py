@@ -53,7 +53,7 @@ def _require_file(path: Path) -> None:
 def decode(text: str, start: int = 0) -> tuple[Any, int]:
     """One JSON value and where it ends. BadRow also for what json lets pass: duplicate keys, NaN, lone surrogates.
 
-    A problem that leaves the text readable carries its end as `problem.end`, so that the next value can be read.
+    The BadRow carries `end`, so that the next value can be read.
     """
     found: list[BadRow] = []
 
@@ -75,7 +75,7 @@ def decode(text: str, start: int = 0) -> tuple[Any, int]:
     if not found and _has_lone_surrogate(text[start:end], value):
         found.append(BadRow("encoding", "a lone surrogate (half of a \\uD8xx\\uDCxx pair) is no character; delete it"))
     if found:
-        found[0].end = end  # type: ignore[attr-defined]
+        found[0].end = end
         raise found[0]
     return value, end
 
@@ -157,7 +157,7 @@ def _json(path: Path) -> Iterator[Record]:
                 value, end = decode(text, at)
                 yield Record(f"{path.name}:{line}", _object(value))
             except BadRow as problem:
-                end = problem.end  # type: ignore[attr-defined]
+                end = problem.end
                 yield Record(f"{path.name}:{line}", problem)
             at = _skip(text, end)
             if text[at : at + 1] == ",":

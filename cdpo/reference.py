@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,9 +65,11 @@ def logps_of(model: nn.Module, batch: Batch, progress: float = 0.0, baseline: fl
 
 
 def with_constants(policy: Tensor, batch: Batch, progress: float = 0.0, baseline: float = 0.0) -> Logps:
-    """Policy log-probs [S] and everything else that a loss may read."""
+    """Policy log-probs [S] and everything else that a loss may read, in float64 from here on."""
     names = ("reference", "length", "item", "pairs", "preference", "weight", "rewards", "sources")
-    return Logps(policy, **{name: getattr(batch, name) for name in names}, progress=progress, baseline=baseline)
+    return Logps(
+        policy.double(), **{name: getattr(batch, name) for name in names}, progress=progress, baseline=baseline
+    )
 
 
 def layout_for(model: Any, items: Sequence[Item], wanted: str) -> tuple[bool, str]:
@@ -157,7 +160,7 @@ def _write(cache: Path, key: str, reference: Tensor) -> None:
 
 
 def check_start(policy: nn.Module, scored: Scored) -> float:
-    """Score a few Items with the wrapped policy, before any step, against the reference. Returns the largest difference.
+    """Score a few Items with the wrapped policy against the reference, before any step. Returns the largest difference.
 
     Raises ConfigError where policy and reference differ by more than rounding: another base model, an adapter that does
     not start at zero, a cache of other weights. All numbers of such a run would be wrong.

@@ -48,6 +48,7 @@ class BadRow(ValueError):
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
+        self.end = 0  # where its text ends, for a reader that goes on
 
 
 @dataclass

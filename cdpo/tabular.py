@@ -37,7 +37,6 @@ class TabularForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = TabularConfig
     _supports_attention_backend = True  # it has no attention, so it supports any
-    _no_split_modules: list[str] = []
 
     def __init__(self, config: TabularConfig) -> None:
         super().__init__(config)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+WINDOW = 64  # characters on each side of the boundary that can change its tokens
 CHUNK = 512  # rows between two looks at `should_stop`
 TURNS = {"user": "Human", "assistant": "Assistant", "system": "System"}
 Ids = list[int]
@@ -85,15 +86,15 @@ class _Tokeniser:
         self.special = re.compile("|".join(map(re.escape, special)) or r"(?!)")  # (?!) matches nothing
 
     def items(self, rows: list[Row]) -> list[Item]:
-        """The Items of one chunk, tokenised in three calls: prompts, responses, and both together to compare."""
+        """The Items of one chunk, tokenised in few calls."""
         texts = [self.render(row) for row in rows]
         prompts = self.ids([prompt for prompt, _ in texts])
         responses = iter(self.ids([text for _, answers in texts for text in answers]))
-        joint = iter(self.ids([prompt + text for prompt, answers in texts for text in answers]))
+        mismatches = iter(self.mismatches([(prompt, text) for prompt, answers in texts for text in answers]))
         items = []
         for row, prompt in zip(rows, prompts):
             answers = [next(responses) for _ in row.responses]
-            if [next(joint) for _ in answers] != [prompt + answer for answer in answers]:
+            if sum(next(mismatches) for _ in answers):
                 self.ledger.note("boundary_mismatches", row.source)
             try:
                 items.append(self.item(row, prompt, answers))
@@ -101,6 +102,12 @@ class _Tokeniser:
             except BadRow as problem:
                 self.ledger.drop(problem.kind, row.source)
         return items
+
+    def mismatches(self, texts: list[tuple[str, str]]) -> list[bool]:
+        """Whether a prompt and its response have other tokens together than apart, looking near where they meet."""
+        tails, heads = [prompt[-WINDOW:] for prompt, _ in texts], [response[:WINDOW] for _, response in texts]
+        joint = self.ids([tail + head for tail, head in zip(tails, heads)])
+        return [j != t + h for j, t, h in zip(joint, self.ids(tails), self.ids(heads))]
 
     def ids(self, texts: list[str]) -> list[Ids]:
         found = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids

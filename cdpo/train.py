@@ -1,4 +1,4 @@
-"""The command line, cdpo-train: Hydra's main, exit codes, and the table after a sweep. The only file that sees a DictConfig.
+"""The command line, cdpo-train: Hydra's main, exit codes, the table after a sweep. Only here is there a DictConfig.
 
 torch and transformers are imported inside functions, so that --help and --cfg job answer at once.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from cdpo import config
 from cdpo.errors import CdpoError, ConfigError, DiskError, Preempted
@@ -40,10 +47,12 @@ def _run_name(*, _root_: DictConfig) -> str:
 
 
 def _run_dir(*, _root_: DictConfig) -> str:
+    config.check_name(_root_.name)  # before Hydra makes the directory
     return str(Path(_root_.output_root) / (_root_.name or _run_name(_root_=_root_)))
 
 
 def _sweep_dir(*, _root_: DictConfig) -> str:
+    config.check_name(_root_.name)
     return str(Path(_root_.output_root, *([_root_.name] if _root_.name else [])))
 
 
@@ -59,9 +68,9 @@ def _job(cfg: DictConfig) -> None:
     if any(isinstance(error, Preempted) for _, error in OUTCOMES):
         raise Preempted("the sweep was asked to stop")
     try:
-        composed = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        assert isinstance(composed, dict)
+        composed: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         _only_from_the_command_line(composed, list(settings.overrides.task))
+        _quiet_libraries()
         from cdpo.job import run
 
         summary = run(composed, folder)
@@ -72,6 +81,16 @@ def _job(cfg: DictConfig) -> None:
         raise
     OUTCOMES.append((folder, None))
     _show(summary, folder)
+
+
+def _quiet_libraries() -> None:
+    """Their progress bars and notices of deprecation are not for our users; warnings of cdpo itself are."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def _only_from_the_command_line(composed: dict[str, Any], overrides: list[str]) -> None:
@@ -134,18 +153,29 @@ def _explain(error: Exception, quiet: bool) -> int:
 
 def _composition(error: Exception) -> str:
     """Hydra's message, with the nearest valid name where a key or a choice is unknown."""
-    chain = f"{error}\n{error.__cause__ or ''}"
-    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
-        group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}={choice} does not exist{config.nearest(choice, error.options)}; {', '.join(error.options)}"
-    return chain.strip().splitlines()[0]
+    if isinstance(error, MissingConfigException) or "Could not load" in str(error):
+        group, _, choice = (re.findall(r"'([^']+/[^']+)'", str(error)) or ["/"])[-1].rpartition("/")
+        options = sorted(path.stem for path in (config.CONF / group).glob("*.yaml"))
+        return f"{group}={choice} does not exist{config.nearest(choice, options)}; there are {', '.join(options)}"
+    if isinstance(error, InterpolationResolutionError):
+        return str(error).splitlines()[0].rpartition("interpolation: ")[2]
+    inner = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    key, parent = getattr(inner, "full_key", None), getattr(inner, "parent_node", None)
+    if isinstance(inner, MissingMandatoryValue):
+        return f"{key} has no default: set {key}=..."
+    if isinstance(inner, ConfigAttributeError) and key and parent is not None:
+        known = [str(name) for name in parent]
+        return f"unknown key {key}{config.nearest(str(inner.key), known)}; there are {', '.join(known)}"
+    return str(error).strip().splitlines()[0]
 
 
 def _sweep_table() -> int:
     """One line per run; returns 0 if all are done, else 1."""
     from cdpo.progress import summary_table
 
-    rows = {folder.name: "done" if error is None else f"{type(error).__name__}: {error}"[:100] for folder, error in OUTCOMES}
+    rows = {
+        folder.name: "done" if error is None else f"{type(error).__name__}: {error}"[:100] for folder, error in OUTCOMES
+    }
     summary_table(rows, title=f"{len(rows)} runs")
     return int(any(error is not None for _, error in OUTCOMES))
 

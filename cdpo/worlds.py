@@ -30,7 +30,7 @@ from .rows import (
 
 LETTERS = string.ascii_lowercase + string.ascii_uppercase + string.digits
 GENERATED = ("prompts", "alphabet", "length", "reward_scale", "reference_scale", "world_seed")
-MAX_PAIRS = 2_000_000  # held in memory; beyond it a world is no longer a toy
+MAX_PAIRS = 1_000_000  # held in memory; beyond it a world is no longer a toy
 OUTSIDE = 30.0  # nats below the least likely candidate: symbols that a prompt does not offer
 
 
@@ -125,10 +125,11 @@ class Bandit(Limits):
         """All unordered pairs of prompt x, the better response first; the diagonal y1 = y2 teaches nothing."""
         rewards, k = world.rewards[x], len(world.rewards[x])
         mass = world.reference[x] if self.sampling == "reference" else [1 / k] * k
-        pairs = []
-        for i, j in itertools.combinations(sorted(range(k), key=lambda i: -rewards[i]), 2):
-            pairs.append(Pair(i, j, sigmoid(rewards[i] - rewards[j]), 2 * mass[i] * mass[j] / len(world.prompts)))
-        return pairs
+        best_first = sorted(range(k), key=lambda i: -rewards[i])
+        return [
+            Pair(i, j, sigmoid(rewards[i] - rewards[j]), 2 * mass[i] * mass[j] / len(world.prompts))
+            for i, j in itertools.combinations(best_first, 2)
+        ]
 
     def _rows(self, world: World, pairs: list[list[Pair]]) -> list[Row]:
         name = Path(self.path).name if self.path else "bandit"
@@ -182,7 +183,7 @@ def read_world(path: Path) -> World:
     bad = list(_problems(value))
     if bad:
         raise report(path.name, [(f"{path.name}: {where}", problem) for where, problem in bad])
-    prompts, rewards = value["prompts"], value["rewards"]
+    prompts, rewards = value["prompts"], [[float(reward) for reward in row] for row in value["rewards"]]
     responses = _per_prompt(value["responses"], len(prompts))
     logits = value.get("reference_logits") or [[0.0] * len(row) for row in rewards]
     symbols = list(dict.fromkeys(itertools.chain.from_iterable(responses)))  # distinct, in order

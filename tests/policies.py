@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 from torch import nn
@@ -59,10 +60,15 @@ ALL = {"llama": llama, "qwen": qwen, "neox": neox, "gpt2": gpt2, "tabular": tabu
 IDS = torch.arange(20).view(2, 10) % VOCABULARY
 
 
-def make(name, dtype=torch.float64):
-    """A policy with the same weights each time, dropout off, as `reference` has it."""
+@functools.cache
+def _policy(name):
     torch.manual_seed(0)
-    return ALL[name]().to(dtype).eval()
+    return ALL[name]().double().eval()
+
+
+def make(name):
+    """A float64 policy in eval mode, with the same weights each time."""
+    return copy.deepcopy(_policy(name))
 
 
 def prepare(model, *constraints):

@@ -21,7 +21,7 @@ ADAPTERS = {
 }
 
 
-@pytest.fixture(params=[(name, kind) for name in ALL for kind in ADAPTERS], ids="-".join)
+@pytest.fixture(scope="module", params=[(name, kind) for name in ALL for kind in ADAPTERS], ids="-".join)
 def trained(request):
     """A policy's name, its change as cdpo sees it, and as numpy does."""
     name, kind = request.param
@@ -121,3 +121,19 @@ def test_a_model_without_trainable_parameters():
     model = make("tabular").requires_grad_(False)
     change = Change(model)
     assert (change.norm(), change.max_abs(), change.effective_rank(), change.trainable()) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "tabular"])
+def test_merging_an_untouched_float32_dora_is_no_change(name):
+    _, change = prepare(make(name).float(), LoRA(rank=2, dora=True))
+    assert change.max_abs() == 0
+
+
+@pytest.mark.parametrize(("name", "random_factor"), [("gpt2", "lora_A"), ("tabular", "lora_embedding_B")])
+def test_scaling_keeps_the_factor_that_started_at_random(name, random_factor):
+    model, change = prepare(make(name), LoRA(rank=2))
+    before = {key: parameter.clone() for key, parameter in model.named_parameters() if random_factor in key}
+    change.scale(dict.fromkeys(change.names, 0.5))
+    after = dict(model.named_parameters())
+    assert before
+    assert all(torch.equal(after[key], value) for key, value in before.items())

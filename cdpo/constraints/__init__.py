@@ -11,7 +11,7 @@ from dataclasses import fields, is_dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
+from cdpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

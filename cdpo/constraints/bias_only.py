@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..errors import ConfigError
-from . import Constraint
-from .freeze import keep_only
-from .lora import LoRA
+from cdpo.constraints import Constraint
+from cdpo.constraints.freeze import keep_only
+from cdpo.constraints.lora import LoRA
+from cdpo.errors import ConfigError
 
 
 @dataclass

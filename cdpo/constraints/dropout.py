@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from . import Constraint
+from cdpo.constraints import Constraint
 
 if TYPE_CHECKING:
-    from ..change import Change
+    from cdpo.change import Change
 
 
 @dataclass

@@ -9,10 +9,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from ..batch import Logps
-from ..candidates import candidate_kl
-from ..errors import ConfigError
-from . import Constraint
+from cdpo.batch import Logps
+from cdpo.candidates import candidate_kl
+from cdpo.constraints import Constraint
+from cdpo.errors import ConfigError
 
 
 @dataclass
@@ -51,7 +51,7 @@ class EarlyStop(Constraint):
         self.best = math.inf if self.mode == "min" else -math.inf
 
     def measure(self, logps: Logps) -> dict[str, Tensor]:
-        return {} if self.kl is None else {"early_stop/kl": candidate_kl(logps)}
+        return {} if self.kl is None else {"early_stop/kl": candidate_kl(logps).detach()}
 
     def after_step(self, model: nn.Module, metrics: Mapping[str, float]) -> None:
         self.last_kl = metrics.get("early_stop/kl", 0.0)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..errors import ConfigError
-from . import Constraint
-from .lora import LoRA
+from cdpo.constraints import Constraint
+from cdpo.constraints.lora import LoRA
+from cdpo.errors import ConfigError
 
 
 def keep_only(model: nn.Module, names: set[str]) -> int:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from ..batch import Logps
-from ..candidates import candidate_kl
-from . import Constraint
+from cdpo.batch import Logps
+from cdpo.candidates import candidate_kl
+from cdpo.constraints import Constraint
 
 
 @dataclass
@@ -40,7 +40,7 @@ class KLBudget(Constraint):
         return self.multiplier * candidate_kl(logps)
 
     def measure(self, logps: Logps) -> dict[str, Tensor]:
-        return {"kl_budget/kl": candidate_kl(logps)}
+        return {"kl_budget/kl": candidate_kl(logps).detach()}
 
     def after_step(self, model: nn.Module, metrics: Mapping[str, float]) -> None:
         self.kl = metrics["kl_budget/kl"]

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from . import Constraint
-from .lora import LoRA
+from cdpo.constraints import Constraint
+from cdpo.constraints.lora import LoRA
 
 if TYPE_CHECKING:
-    from ..change import Change
+    from cdpo.change import Change
 
 
 @dataclass

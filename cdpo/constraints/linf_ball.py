@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from . import Constraint
-from .lora import LoRA
-from .projection import Projection
+from cdpo.constraints import Constraint
+from cdpo.constraints.lora import LoRA
+from cdpo.constraints.projection import Projection
 
 
 @dataclass

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ConfigError
-from . import Constraint
+from cdpo.constraints import Constraint
+from cdpo.errors import ConfigError
 
 
 @dataclass

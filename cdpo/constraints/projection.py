@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from . import Constraint
+from cdpo.constraints import Constraint
 
 if TYPE_CHECKING:
-    from ..change import Change
+    from cdpo.change import Change
 
 
 @dataclass

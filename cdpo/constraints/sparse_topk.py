@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import Constraint
-from .lora import LoRA
-from .projection import Projection
+from cdpo.constraints import Constraint
+from cdpo.constraints.lora import LoRA
+from cdpo.constraints.projection import Projection
 
 
 @dataclass
 class SparseTopK(Projection):
     """After every step, at most k of all trained weights differ from where they started: the k that moved furthest.
 
-    Blumensath and Davies 2009, iterative hard thresholding. Ties are broken by position. It needs one temporary copy
+    Blumensath and Davies 2009, iterative hard thresholding. Among ties it keeps some. It needs one temporary copy
     of the trained weights.
     """
 

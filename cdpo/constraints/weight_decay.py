@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..errors import ConfigError
-from . import Constraint
+from cdpo.constraints import Constraint
+from cdpo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ..change import Change
+    from cdpo.change import Change
 
 
 @dataclass

@@ -30,7 +30,7 @@ def check_positive(**settings: float) -> None:
             raise ValueError(f"{name}={value} must be a finite number above 0")
 
 
-def check_share(name: str, value: float, below: float) -> None:
+def check_range(name: str, value: float, below: float) -> None:
     """Raise ValueError unless 0 <= value < below."""
     if not 0 <= value < below:
         raise ValueError(f"{name}={value} must be at least 0 and below {below}")

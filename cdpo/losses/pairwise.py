@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..batch import Logps
 from ..errors import ConfigError
-from .numerics import check_positive, check_share, exp_or_tangent, log_odds
+from .numerics import check_positive, check_range, exp_or_tangent, log_odds
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class DPO:
 
     def __post_init__(self) -> None:
         check_positive(beta=self.beta)
-        check_share("label_smoothing", self.label_smoothing, below=0.5)
+        check_range("label_smoothing", self.label_smoothing, below=0.5)
 
     def __call__(self, logps: Logps) -> Tensor:
         reward = self.beta * logps.margin()
@@ -104,7 +104,7 @@ class Robust:
 
     def __post_init__(self) -> None:
         check_positive(beta=self.beta)
-        check_share("label_smoothing", self.label_smoothing, below=0.5)
+        check_range("label_smoothing", self.label_smoothing, below=0.5)
 
     def __call__(self, logps: Logps) -> Tensor:
         e, reward = self.label_smoothing, self.beta * logps.margin()
@@ -123,7 +123,7 @@ class EXO:
 
     def __post_init__(self) -> None:
         check_positive(beta=self.beta, label_smoothing=self.label_smoothing)
-        check_share("label_smoothing", self.label_smoothing, below=0.5)
+        check_range("label_smoothing", self.label_smoothing, below=0.5)
 
     def __call__(self, logps: Logps) -> Tensor:
         reward = self.beta * logps.margin()
@@ -234,7 +234,7 @@ class SimPO:
 
     def __post_init__(self) -> None:
         check_positive(beta=self.beta)
-        check_share("gamma", self.gamma, below=float("inf"))
+        check_range("gamma", self.gamma, below=float("inf"))
 
     def __call__(self, logps: Logps) -> Tensor:
         chosen, rejected = logps.of_pairs(logps.policy / logps.length)
