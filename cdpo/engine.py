@@ -1,6 +1,6 @@
 """The loop, from top to bottom: score -> loss + penalties -> step -> constraint hooks, with evaluation and checkpoints.
 
-It knows losses, constraints and optimizers by their interfaces only. n steps equal k steps, resume, and n - k, bit for bit.
+It knows losses, constraints and optimizers by their interfaces only. n steps equal k steps, resume, n - k, bit for bit.
 """
 
 from __future__ import annotations
@@ -217,8 +217,8 @@ def _not_finite(run: Run, items: list[Item], objective: float, norm: float) -> N
     write_json(path, {"step": run.state.step, "objective": str(objective), "grad_norm": str(norm), "rows": sources})
     return NumericsError(
         f"step {run.state.step}: objective {objective}, gradient norm {norm}, on rows {', '.join(sources[:5])}"
-        f"{' ...' if len(sources) > 5 else ''} (all in {path.name}). The optimizer did not step; the last checkpoint is "
-        "good. Lower optimizer.learning_rate, or look at these rows"
+        f"{' ...' if len(sources) > 5 else ''} (all in {path.name}). The optimizer did not step; the "
+        "last checkpoint is good. Lower optimizer.learning_rate, or look at these rows"
     )
 
 
@@ -278,6 +278,8 @@ def _record(run: Run, metrics: MetricsFile, row: dict[str, float], every: int = 
         return
     if "loss" in row:
         row |= run.data_rates | {"change/norm": run.change.norm()}
+        if not math.isfinite(row["change/norm"]):
+            raise NumericsError(f"after step {run.state.step} a weight is NaN or infinite; the last checkpoint is good")
     run.state.last |= row
     metrics.log({"step": run.state.step, **row})
     run.logger.log({"step": run.state.step, **row})

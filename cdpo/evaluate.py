@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def add_pair_metrics(means: Means, logps: Logps, beta: float) -> None:
     """Add the metrics of a batch to `means`, in the field's names; log-probs and log-ratios are sums, in nats.
 
-    `chosen` is the response preferred with p >= 1/2. A tie of margins counts as half right.
+    `chosen` is the response preferred with p >= 1/2. Where p is 1/2 the order is the data's.
     """
     flip = (logps.preference < 0.5)[:, None]
     chosen, rejected = torch.where(flip, logps.pairs.flip(1), logps.pairs).unbind(1)
@@ -31,7 +31,7 @@ def add_pair_metrics(means: Means, logps: Logps, beta: float) -> None:
         "rewards/chosen": beta * ratio[chosen],
         "rewards/rejected": beta * ratio[rejected],
         "rewards/margins": beta * margin,
-        "rewards/accuracies": (margin > 0).double() + 0.5 * (margin == 0),
+        "rewards/accuracies": correct(logps),
         "logps/chosen": policy[chosen],
         "logps/rejected": policy[rejected],
         "logps_mean/chosen": policy[chosen] / logps.length[chosen],
@@ -48,6 +48,15 @@ def add_statistics(means: Means, logps: Logps, statistics: Statistics) -> None:
     for side, response in (("chosen", logps.pairs[:, 0]), ("rejected", logps.pairs[:, 1])):
         means.add(f"logits/{side}", statistics.logit[response], logps.weight)
     means.add("entropy", statistics.entropy, logps.length)
+
+
+def correct(logps: Logps) -> Tensor:
+    """Whether each pair's margin has the sign of its preference; a tie, up to float32 rounding, counts one half. [P]"""
+    margin = logps.margin().detach()
+    scale = sum(side.abs() for side in logps.of_pairs(logps.policy.detach()))
+    tie = margin.abs() <= 4 * torch.finfo(torch.float32).eps * scale
+    right = torch.where(logps.preference < 0.5, -margin, margin) > 0
+    return torch.where(tie, 0.5, right.double())
 
 
 def unit_weight(loss: Any, logps: Logps) -> Tensor:
@@ -70,7 +79,7 @@ def evaluate(
 
     eval/rewards/accuracies_stderr is the standard error over pairs of the accuracy.
     """
-    means, correct = Means(), []
+    means, answers = Means(), []
     policy.eval()
     for _, batch in scored.batches(budget):
         on_batch()
@@ -80,18 +89,12 @@ def evaluate(
             means.add("loss", per_unit(loss, logps), unit_weight(loss, logps))
         add_pair_metrics(means, logps, beta)
         add_statistics(means, logps, statistics)
-        correct.append(_correct(logps))
-    right, weight = (torch.cat(parts) for parts in zip(*correct))
+        answers.append((correct(logps), logps.weight))
+    right, weight = (torch.cat(parts) for parts in zip(*answers))
     spread = weight * (right - (right * weight).sum() / weight.sum())
     stderr = float(spread.square().sum().sqrt() / weight.sum())
     row = means.reduce() | {"rewards/accuracies_stderr": stderr}
     return {f"eval/{name}": value for name, value in row.items() if name != "log_ratio"}
-
-
-def _correct(logps: Logps) -> tuple[Tensor, Tensor]:
-    """Whether each pair's margin has the right sign (a tie: one half), and the pair's weight. [P], [P]"""
-    margin = torch.where(logps.preference < 0.5, -logps.margin(), logps.margin())
-    return (margin > 0).double() + 0.5 * (margin == 0), logps.weight
 
 
 def generations(policy: Any, tokenizer: Any, scored: Scored, count: int, tokens: int, seed: int) -> Iterator[dict]:

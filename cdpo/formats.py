@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import Any
 
 from .batch import Pair
-from .rows import BadRow, Row, did_you_mean, is_number
+from .rows import BadRow, Row, is_number, misspelt
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 Columns = dict[str, Any]
@@ -19,7 +19,7 @@ def get(record: Columns, key: str, kind: type | tuple[type, ...] = str) -> Any:
     if not isinstance(record, dict):
         raise BadRow("type", f"{key!r} must stand in an object, not in {type(record).__name__}")
     if key not in record:
-        raise BadRow("key", f"no key {key!r}{did_you_mean(key, record)}")
+        raise BadRow("key", f"no key {key!r}{misspelt(key, record)}")
     value = record[key]
     if not isinstance(value, kind):
         names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
@@ -39,7 +39,7 @@ def transcripts(source: str, record: Columns) -> Row:
     differ = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
     end = chosen.rfind(ASSISTANT, 0, differ) + len(ASSISTANT)
     if end < len(ASSISTANT):  # not found
-        wanted = f"; or name the column of the prompt 'prompt'{did_you_mean('prompt', record)}"
+        wanted = f"; or name the column of the prompt 'prompt'{misspelt('prompt', record)}"
         raise BadRow("transcript", f"chosen and rejected share no {ASSISTANT!r} to answer{wanted}")
     return Row(source, chosen[:end], [chosen[end:], rejected[end:]], [Pair(0, 1)])
 
@@ -58,7 +58,7 @@ def messages(source: str, record: Columns) -> Row:
     if before[0] != before[1] or (isinstance(asked, list) and asked and before[0] != prompt):
         raise BadRow("prompt", "chosen and rejected must answer one conversation, that of the prompt where it is given")
     if not before[0]:
-        raise BadRow("key", f"no message before the reply; give 'prompt'{did_you_mean('prompt', record)}")
+        raise BadRow("key", f"no message before the reply; give 'prompt'{misspelt('prompt', record)}")
     return Row(source, before[0], replies, [Pair(0, 1)])
 
 

@@ -109,7 +109,7 @@ def _longest(item: Item) -> int:
 
 
 def _accelerator(trainer: config.Trainer) -> Accelerator:
-    """A fresh accelerator: its state is global, and runs of one process must not share it. ConfigError without the GPU."""
+    """A fresh accelerator: its state is global, and runs of one process must not share it. May raise ConfigError."""
     AcceleratorState._reset_state(reset_partial_state=True)
     if trainer.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("trainer.device=cuda, but torch sees no GPU here; use auto or cpu")
@@ -183,7 +183,7 @@ def _same_run(composed: dict[str, Any], folder: Path) -> None:
 
 @contextmanager
 def _status(folder: Path, logger: Any) -> Iterator[None]:
-    """Keep status.json true: running, then finished, stopped_early, preempted or failed with its cause; end the logger."""
+    """Keep status.json true: running, then finished, stopped_early, preempted or failed and why; end the logger."""
     where = {
         "cdpo": __version__,
         "torch": torch.__version__,

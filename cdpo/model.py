@@ -52,7 +52,7 @@ class HuggingFace:
             raise ConfigError(f"model.name_or_path={self.name_or_path} could not be loaded: {reason}") from error
 
     def tokenizer(self, data: Data) -> PreTrainedTokenizerBase:
-        """The model's own tokenizer; where it has no pad token, its EOS pads (rows are masked by length, never by id)."""
+        """The model's own tokenizer; without a pad token its EOS pads (rows are masked by length, never by id)."""
         from transformers import AutoTokenizer
 
         tokenizer = self._load(AutoTokenizer)

@@ -34,7 +34,7 @@ def pack(items: Sequence[Item], reference: Sequence[Tensor] | None = None, padde
         reference=torch.cat(list(reference)) if reference is not None else torch.zeros(len(responses), dtype=real),
         item=torch.tensor([i for i, size in enumerate(sizes) for _ in range(size)]),
         rewards=torch.tensor([x for r in rewards for x in r or []], dtype=real) if all(rewards) else None,
-        pairs=torch.tensor([p[:2] for p in pairs]).reshape(-1, 2),
+        pairs=torch.tensor([p[:2] for p in pairs], dtype=torch.long).reshape(-1, 2),
         preference=torch.tensor([p[2] for p in pairs], dtype=real),
         weight=torch.tensor([p[3] for p in pairs], dtype=real),
         sources=tuple(item.source for item in items),

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -75,30 +75,49 @@ def with_constants(policy: Tensor, batch: Batch, progress: float = 0.0, baseline
 def layout_for(model: Any, items: Sequence[Item], wanted: str) -> tuple[bool, str]:
     """Whether rows must be padded, and why: packed trees are used where they give the numbers of the plain forward.
 
-    Compares numbers on one Item; an architecture is not trusted by name. `wanted` is the model's `attention`.
+    Compares numbers on two Items; an architecture is not trusted by name. `wanted` is the model's `attention`.
     """
     if wanted != "trees":
         return True, f"model.attention={wanted}"
     attention.register()
     before = getattr(model.config, "_attn_implementation", None)
-    item = min(items, key=lambda item: item.tokens)
+    probe = _probe(items)
     with torch.no_grad():
-        expected = one_by_one(model, [item])
+        expected = one_by_one(model, probe)
         try:
             model.set_attn_implementation(attention.NAME)
-            found = score(model, pack([item, item]).to(expected.device))[: len(expected)]
-            reason = "" if _agree(found, expected, model.dtype, item) else "its packed log-probs differ"
-        except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
+            batch = pack(probe).to(expected.device)
+            agree = (score(model, batch) - expected).abs() <= _rounding(model.dtype, batch.length)
+            reason = "" if bool(agree.all()) else "its packed log-probs differ from the plain ones"
+            if model.config._attn_implementation != attention.NAME:
+                reason = "its attention cannot be replaced"
+        except Exception as error:  # whatever an architecture makes of the layout, padded rows are right
+            reason = (str(error) or type(error).__name__).splitlines()[0]
     if reason:
         model.set_attn_implementation(before or "eager")
     return bool(reason), reason
 
 
-def _agree(found: Tensor, expected: Tensor, dtype: torch.dtype, item: Item) -> bool:
-    length = torch.tensor([len(response) for response in item.responses], device=found.device)
-    tolerance = max(1e-5, 4 * torch.finfo(dtype).eps) * (1 + length)  # nats; rounding grows with the tokens
-    return bool(((found - expected).abs() <= tolerance).all())
+def _probe(items: Sequence[Item]) -> list[Item]:
+    """The shortest Item, then the longest of those with two responses of several tokens, for these can see each other.
+
+    The longest, because a window or chunk of attention shows only beyond its size; with at most four responses each.
+    """
+
+    def branches(item: Item) -> bool:
+        return sum(len(response) > 1 for response in item.responses) > 1
+
+    chosen = min(items, key=lambda item: item.tokens), max(items, key=lambda item: (branches(item), item.tokens))
+    return [replace(item, responses=sorted(item.responses, key=len)[-4:], pairs=[], rewards=None) for item in chosen]
+
+
+def _rounding(dtype: torch.dtype, length: Tensor) -> Tensor:
+    """How far two ways to score the same response with the same weights may differ, in nats, at most. [S] -> [S]
+
+    The error of one token's logit is a few roundings of a logit of size 10; those of many tokens mostly cancel.
+    """
+    token = {torch.float64: 1e-8, torch.float32: 1e-4}.get(dtype, 0.3)
+    return token * (length.sqrt() + length / 10)
 
 
 def add_reference(
@@ -143,9 +162,13 @@ def _read(cache: Path, key: str) -> Tensor | None:
         return None
     try:
         with safe_open(cache, "pt") as file:
-            if (file.metadata() or {}).get("key") == key:
-                return file.get_tensor("reference")
-        log.info("%s belongs to other data; computed anew", cache.name)
+            metadata, reference = file.metadata() or {}, file.get_tensor("reference")
+        if metadata.get("key") != key:
+            log.info("%s belongs to other data; computed anew", cache.name)
+        elif metadata.get("sha256") != _sha256(reference):
+            log.warning("%s is damaged and computed anew: its sha256 is another", cache.name)
+        else:
+            return reference
     except (SafetensorError, OSError) as error:
         log.warning("%s is damaged and computed anew: %s", cache.name, error)
     return None
@@ -156,7 +179,11 @@ def _write(cache: Path, key: str, reference: Tensor) -> None:
 
     from cdpo.files import write_atomic
 
-    write_atomic(cache, save({"reference": reference}, {"key": key}))
+    write_atomic(cache, save({"reference": reference}, {"key": key, "sha256": _sha256(reference)}))
+
+
+def _sha256(reference: Tensor) -> str:
+    return hashlib.sha256(reference.numpy().tobytes()).hexdigest()
 
 
 def check_start(policy: nn.Module, scored: Scored) -> float:
@@ -168,13 +195,13 @@ def check_start(policy: nn.Module, scored: Scored) -> float:
     policy.eval()
     budget = sum(item.tokens for item in scored.items[:CHECKED])
     first = Scored(scored.items[:CHECKED], scored.padded, scored.device, scored.reference[:CHECKED])
+    dtype = _least_precise(policy, scored.device)
     worst = 0.0
     for _, batch in first.batches(budget):
         with torch.no_grad():
             logps = logps_of(policy, batch)
         off = logps.log_ratio().abs()
-        eps = torch.finfo(next(policy.parameters()).dtype).eps
-        allowed = max(1e-9, 64 * eps) * (1 + logps.reference.abs()) + 4 * eps * logps.length
+        allowed = _rounding(dtype, logps.length)
         worst = max(worst, float(off.max()))
         if not bool((off <= allowed).all()):
             i = int((off - allowed).argmax())
@@ -183,3 +210,11 @@ def check_start(policy: nn.Module, scored: Scored) -> float:
                 f"{logps.policy[i]:.6f} instead of {logps.reference[i]:.6f} nats; was the base model changed?"
             )
     return worst
+
+
+def _least_precise(policy: nn.Module, device: torch.device) -> torch.dtype:
+    """Of the dtypes that the policy computes in: its parameters', and autocast's."""
+    dtypes = {parameter.dtype for parameter in policy.parameters()}
+    if torch.is_autocast_enabled(device.type):
+        dtypes.add(torch.get_autocast_dtype(device.type))
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)

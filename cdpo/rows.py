@@ -158,9 +158,15 @@ def report(name: str, bad: list[tuple[str, BadRow]], advice: str = "") -> DataEr
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'chosen'?", or nothing where no known name is near."""
-    near = get_close_matches(name, [k for k in known if k != name], n=1)
+    """For a name that nobody knows: "; did you mean 'chosen'?", or nothing where no known name is near."""
+    near = get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def misspelt(wanted: str, present: Iterable[str]) -> str:
+    """For a name that is missing: "; rename 'choosen'", or nothing where no present name is near."""
+    near = get_close_matches(wanted, [name for name in present if name != wanted], n=1)
+    return f"; rename {near[0]!r}" if near else ""
 
 
 def is_number(value: Any) -> bool:

@@ -23,6 +23,7 @@ from .rows import (
     Row,
     did_you_mean,
     is_number,
+    misspelt,
     refuse_unused,
     report,
     require_positive,
@@ -203,7 +204,7 @@ def _problems(value: dict[str, Any]) -> Iterator[tuple[str, BadRow]]:
     needed, optional = ("prompts", "responses", "rewards"), ("reference_logits",)
     for key in needed:
         if not isinstance(value.get(key), list) or not value[key]:
-            yield key, BadRow("key", f"must be a non-empty list{did_you_mean(key, value)}")
+            yield key, BadRow("key", f"must be a non-empty list{misspelt(key, value)}")
     for key in value.keys() - {*needed, *optional}:
         yield key, BadRow("key", f"unknown key{did_you_mean(key, (*needed, *optional))}")
     if not all(isinstance(value.get(key), list) and value[key] for key in needed):

@@ -105,7 +105,7 @@ def test_each_fault_alone_stops_the_run_and_names_its_remedy(tmp_path, fault):
     option = f"dataset.on_{kind if kind in ('empty', 'identical', 'long') else 'malformed'}=drop"
     assert option in str(error.value)
     if fault == "typo":
-        assert "no key 'chosen'; did you mean 'choosen'?" in str(error.value)
+        assert "no key 'chosen'; rename 'choosen'" in str(error.value)
 
 
 def test_a_report_shows_twenty_rows_and_the_total(tmp_path):
@@ -282,7 +282,7 @@ def test_messages_with_whole_conversations_or_last_replies_are_one(tmp_path, rec
 def test_one_odd_row_does_not_decide_the_format_and_a_forced_format_holds(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\n".join([line(prompt=..., promt="Q?"), line(prompt="1"), line(prompt="2")]))
-    with pytest.raises(DataError, match=r"1 row .*\n.*data\.jsonl:1: no key 'prompt'; did you mean 'promt'"):
+    with pytest.raises(DataError, match=r"1 row .*\n.*data\.jsonl:1: no key 'prompt'; rename 'promt'"):
         Jsonl(path=str(path)).load(0)
     with pytest.raises(DataError, match=r"3 rows .*\n.*no key 'prompt'.*\n.*no key 'responses'"):
         Jsonl(path=str(path), format="scored").load(0)

@@ -165,7 +165,7 @@ def test_a_world_without_logits_has_a_uniform_reference(world):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rewards": None, "reward": [[1]]}, "rewards: must be a non-empty list; did you mean 'reward'?"),
+        ({"rewards": None, "reward": [[1]]}, "rewards: must be a non-empty list; rename 'reward'"),
         ({"responses": ["yes"]}, r"responses\[0\]: needs at least 2"),
         ({"responses": ["yes", "no", "yes"]}, r"responses\[0\]: holds 'yes' twice"),
         ({"responses": ["yes", "", "no"]}, r"responses\[0\]: must be a list of non-empty strings"),

@@ -50,5 +50,5 @@ def describe(logps: Logps, response: int) -> str:
     """Where a response comes from, and its log-probs."""
     item = int(logps.item[response])
     name = logps.sources[item] if logps.sources else f"item {item}"
-    policy, reference = float(logps.policy[response]), float(logps.reference[response])
+    policy, reference = logps.policy[response].item(), logps.reference[response].item()
     return f"{name}, response row {response} (policy {policy:g}, reference {reference:g})"

@@ -1,0 +1,322 @@
+"""One run from config to summary: exact resume, exact gradients, honest ends. Runs are small and real."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from cdpo import checkpoint, config, engine, job
+from cdpo.errors import ConfigError, NumericsError, Preempted
+
+CONSTRAINTS = sorted(path.stem for path in (config.CONF / "constraint").glob("*.yaml"))
+TIMES = {"tokens_per_second", "pairs_per_second"}
+SMALL = ["logger=none", "model.hidden_size=16", "model.heads=2", "trainer.eval_every=4", "dataset.prompts=5",
+         "dataset.alphabet=4", "trainer.batch_size=2", "trainer.max_steps=8", "trainer.checkpoint_every=3"]  # fmt: skip
+
+
+def composed(*overrides: str) -> dict:
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+        node = compose("config", overrides=list(overrides))
+    return OmegaConf.to_container(node, resolve=True)
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(folder: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows(folder)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    names = ("adapter_model.safetensors", "model.safetensors")
+    return load_file(next(folder / "model" / name for name in names if (folder / "model" / name).exists()))
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def interrupted_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the loop see a signal once it has done `step` steps."""
+    real = engine._step
+
+    def stepping(run):
+        real(run)
+        if run.state.step == step:
+            run.signals._pending = "SIGTERM"
+
+    monkeypatch.setattr(engine, "_step", stepping)
+
+
+def overrides_for(constraint: str, gpt2: Path) -> list[str]:
+    if constraint == "bias_only":  # needs a model with biases
+        return [
+            "model=hf",
+            f"model.name_or_path={gpt2}",
+            "optimizer.learning_rate=1e-3",
+            *(s for s in SMALL if "model." not in s),
+        ]
+    return [*SMALL]
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GPT-2 with a byte-level tokenizer, in a folder."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from cdpo.model import Tiny
+    from cdpo.rows import Data, Ledger
+
+    folder = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=258, n_embd=16, n_layer=2, n_head=2, n_positions=64)).save_pretrained(folder)
+    Tiny().tokenizer(Data([], [], Ledger())).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_k_steps_and_resume_equal_n_steps(constraint, gpt2, tmp_path, monkeypatch):
+    settings = composed(*overrides_for(constraint, gpt2), f"constraint={constraint}")
+    job.run(settings, tmp_path / "whole")
+    for step in (3, 5):  # at a checkpoint, and between two
+        with monkeypatch.context() as patch:
+            interrupted_at(step, patch)
+            stops = json.loads((tmp_path / "whole" / "summary.json").read_text())["step"] <= step
+            if not stops:
+                with pytest.raises(Preempted):
+                    job.run(settings, tmp_path / f"parts{step}")
+        job.run(settings, tmp_path / f"parts{step}")
+        assert same(weights(tmp_path / "whole"), weights(tmp_path / f"parts{step}"))
+        assert timeless(tmp_path / "whole") == timeless(tmp_path / f"parts{step}")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop", "adamw", "lbfgs"])
+def test_every_optimizer_resumes_exactly(optimizer, tmp_path, monkeypatch):
+    settings = composed(*SMALL, "trainer.batch_size=null", f"optimizer={optimizer}", "optimizer.schedule=cosine",
+                        "optimizer.warmup_steps=2", "loss=bco")  # fmt: skip
+    job.run(settings, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupted_at(4, patch)
+        with pytest.raises(Preempted):
+            job.run(settings, tmp_path / "parts")
+    job.run(settings, tmp_path / "parts")
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
+
+
+def test_a_signal_during_an_evaluation_puts_it_off_and_loses_nothing(tmp_path, monkeypatch):
+    settings = composed(*SMALL)
+    job.run(settings, tmp_path / "whole")
+    real = engine._evaluate
+
+    def evaluating(run):
+        if run.state.step == 4:
+            run.signals._pending = "SIGTERM"
+        return real(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_evaluate", evaluating)
+        with pytest.raises(Preempted):
+            job.run(settings, tmp_path / "parts")
+    assert [r["step"] for r in rows(tmp_path / "parts") if "eval/loss" in r] == [0]
+    job.run(settings, tmp_path / "parts")
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
+
+
+def test_kill_9_at_random_moments_then_the_same_command(tmp_path):
+    """Three kills at different moments; the final weights and the metrics are those of an undisturbed run."""
+    command = [sys.executable, "-m", "cdpo.train", *SMALL, "trainer.max_steps=400", "constraint=[lora_r4,dropout]",
+               "trainer.checkpoint_every=20", f"output_root={tmp_path}"]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "name=whole"], check=True, env=environment, capture_output=True)
+    folder = tmp_path / "parts"
+    for kill_after in (30, 110, 250):
+        process = subprocess.Popen([*command, "name=parts"], env=environment, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while (
+            not (folder / "metrics.jsonl").exists()
+            or len((folder / "metrics.jsonl").read_bytes().splitlines()) < kill_after
+        ):
+            assert process.poll() is None, "ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    last = checkpoint.newest(folder / "checkpoints")
+    assert last is not None
+    assert 100 <= last[0] < 400
+    subprocess.run([*command, "name=parts"], check=True, env=environment, capture_output=True)
+    assert same(weights(tmp_path / "whole"), weights(folder))
+    assert timeless(tmp_path / "whole") == timeless(folder)
+
+
+def gradient_of(settings: dict, folder: Path, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """The gradient of the first step, as the engine makes it."""
+    found = []
+
+    def first(run):
+        engine._gradient(run, [tuple(i) for i in run.plan[0]])
+        found.append(torch.cat([p.grad.flatten() for p in run.parameters]).clone())
+        raise Preempted("enough")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_step", first)
+        with pytest.raises(Preempted):
+            job.run(settings, folder)
+    return found[0]
+
+
+@pytest.mark.parametrize("loss", ["gaussian", "sft", "bco", "wpo"])
+def test_gradient_does_not_depend_on_micro_batches(loss, tmp_path, monkeypatch):
+    """Uneven Items: pairs and tokens per Item differ, so means of means would show."""
+    base = [*SMALL, "dataset.preferences=sampled", "dataset.pairs=17", "trainer.batch_size=null", "model.dtype=float64",
+            "dataset.length=2", "dataset.alphabet=3", f"loss={loss}", "constraint=kl_budget", "trainer.max_grad_norm=null"]  # fmt: skip
+    one = gradient_of(composed(*base, "trainer.tokens_per_micro_batch=100000"), tmp_path / "one", monkeypatch)
+    for budget in (1, 30, 45):
+        many = gradient_of(
+            composed(*base, f"trainer.tokens_per_micro_batch={budget}"), tmp_path / f"{budget}", monkeypatch
+        )
+        torch.testing.assert_close(many, one, rtol=1e-5, atol=1e-9)  # Llama's norms are float32 inside
+
+
+def test_dpo_and_gaussian_train_alike(tmp_path):
+    for loss in ("dpo", "gaussian"):
+        job.run(composed(*SMALL, f"loss={loss}", "loss.beta=0.3"), tmp_path / loss)
+    dpo, gaussian = weights(tmp_path / "dpo"), weights(tmp_path / "gaussian")
+    assert all(torch.allclose(dpo[name], gaussian[name], atol=1e-6) for name in dpo)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "gaussian"])
+def test_unconstrained_minimum_is_the_optimal_policy(loss, tmp_path):
+    """theory.md section 2: on the exact bandit pi* is proportional to pi_ref exp(r / beta), here by NumPy."""
+    settings = composed("model=tabular", f"loss={loss}", "loss.beta=1.0", "optimizer=lbfgs", "trainer.batch_size=null",
+                        "trainer.max_steps=60", "trainer.max_grad_norm=null", "logger=none", "dataset.prompts=4",
+                        "dataset.alphabet=5")  # fmt: skip
+    job.run(settings, tmp_path / "run")
+    data = config.read(settings).dataset.load(0)
+    table = weights(tmp_path / "run")["table.weight"].numpy()
+    for x, row in enumerate(data.train):
+        wanted = np.array(data.table[5 + x]) + np.array(row.rewards)
+        found = table[5 + x]
+        np.testing.assert_allclose(found - found.mean(), wanted - wanted.mean(), atol=5e-6)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "weight", "unused weight"])
+def test_nan_stops_the_run_before_the_optimizer_steps(where, tmp_path, monkeypatch):
+    settings = composed(*SMALL)
+    real = engine._gradient
+
+    def poisoned(run, batches):
+        if run.state.step == 5:
+            if where == "weight":
+                run.parameters[-1].data.fill_(math.nan)
+            elif where == "unused weight":  # the embedding of a token that no row holds
+                run.parameters[0].data.view(-1)[0] = math.nan
+            elif where == "gradient":
+                run.parameters[0].register_hook(lambda gradient: gradient * math.inf)
+            else:
+                object.__setattr__(run.loss, "beta", math.nan)
+        return real(run, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_gradient", poisoned)
+        with pytest.raises(NumericsError, match=r"bandit:\d|a weight is NaN") as error:
+            job.run(settings, tmp_path / "run")
+    assert error.value.exit_code == 4
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints")[0] == 3
+    job.run(settings, tmp_path / "run")  # the checkpoint is good: the same command finishes
+    job.run(settings, tmp_path / "undisturbed")
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "undisturbed"))
+
+
+def test_a_learning_rate_of_1e20_ends_with_exit_code_4(tmp_path):
+    with pytest.raises(NumericsError):
+        job.run(composed(*SMALL, "optimizer.learning_rate=1e20"), tmp_path / "run")
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
+    settings = composed(*SMALL)
+    first = job.run(settings, tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(engine, "_step", lambda run: pytest.fail("trained again"))
+    assert job.run(settings, tmp_path / "run") == json.loads(json.dumps(first))
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_changed_trajectory_key_is_refused_and_a_free_one_is_not(tmp_path, monkeypatch):
+    settings = composed(*SMALL)
+    with monkeypatch.context() as patch:
+        interrupted_at(3, patch)
+        with pytest.raises(Preempted):
+            job.run(settings, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"loss\.beta=0\.1, now it is 0\.2"):
+        job.run(composed(*SMALL, "loss.beta=0.2"), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"constraint\.l2_ball"):
+        job.run(composed(*SMALL, "constraint=l2_ball"), tmp_path / "run")
+    job.run(composed(*SMALL, "trainer.checkpoint_every=2"), tmp_path / "run")
+
+
+def test_changed_data_is_refused_on_resume(tmp_path, monkeypatch):
+    world = {"prompts": ["x "], "responses": ["a", "b"], "rewards": [[1.0, 0.0]]}
+    path = tmp_path / "world.json"
+    path.write_text(json.dumps(world))
+    settings = composed("logger=none", "model=tabular", f"dataset.path={path}", "trainer.max_steps=6")
+    with monkeypatch.context() as patch:
+        interrupted_at(3, patch)
+        with pytest.raises(Preempted):
+            job.run(settings, tmp_path / "run")
+    path.write_text(json.dumps(world | {"rewards": [[1.0, 0.5]]}))
+    with pytest.raises(ConfigError, match="training data"):
+        job.run(settings, tmp_path / "run")
+
+
+def test_a_constraint_that_stops_training_is_told_in_the_summary(tmp_path):
+    summary = job.run(composed(*SMALL, "constraint=early_stop", "constraint.early_stop.step=5"), tmp_path / "run")
+    assert (summary["state"], summary["step"]) == ("stopped_early", 5)
+    assert "5" in summary["stopped"]
+    assert rows(tmp_path / "run")[-1]["step"] == 5
+    assert "eval/loss" in rows(tmp_path / "run")[-1]
+
+
+def test_step_rows_come_once_and_have_the_promised_names(tmp_path):
+    job.run(composed(*SMALL), tmp_path / "run")
+    steps = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 9))
+    promised = """loss grad_norm learning_rate epoch num_tokens logps/chosen logps/rejected logps_mean/chosen
+        logps_mean/rejected rewards/chosen rewards/rejected rewards/margins rewards/accuracies logits/chosen
+        logits/rejected entropy tokens_per_second pairs_per_second change/norm data/cut data/dropped kl/candidates"""
+    assert set(promised.split()) <= steps[0].keys()
+    assert steps[0]["rewards/accuracies"] == 0.5  # ties at the start count one half
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_dropout_of_a_checkpoint_is_off_unless_it_is_the_constraint(gpt2, tmp_path):
+    """GPT-2's config asks for dropout 0.1: without the constraint two forward passes in train mode must agree."""
+    base = [
+        *(s for s in SMALL if "model." not in s),
+        "model=hf",
+        f"model.name_or_path={gpt2}",
+        "optimizer.learning_rate=1e-2",
+    ]
+    job.run(composed(*base), tmp_path / "plain")
+    job.run(composed(*base, "seed=0", "constraint=dropout"), tmp_path / "dropout")
+    first, second = (
+        next(r for r in rows(tmp_path / n) if r["step"] == 1 and "loss" in r) for n in ("plain", "dropout")
+    )
+    assert first["rewards/margins"] == pytest.approx(0.0, abs=1e-5)
+    assert abs(second["rewards/margins"]) > 1e-4
