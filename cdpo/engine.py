@@ -5,7 +5,6 @@ It knows losses, constraints and optimizers by their interfaces only. n steps eq
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -24,7 +23,7 @@ from cdpo.change import Change
 from cdpo.config import Trainer
 from cdpo.constraints import Constraint
 from cdpo.errors import ConfigError, NumericsError, Preempted
-from cdpo.evaluate import add_pair_metrics, add_statistics, evaluate, generations, unit_weight
+from cdpo.evaluate import add_pair_metrics, add_statistics, evaluate, generations, reward_scale, unit_weight
 from cdpo.files import write_json
 from cdpo.logps import Statistics, score, score_with_statistics
 from cdpo.losses import per_unit
@@ -90,9 +89,12 @@ class Run:
             raise ConfigError("no parameter is left to train: loosen the constraint")
         self.optim: Optimizer = self.optimizer.build(self.parameters)
         self.change = Change(self.policy)
-        self.beta = float(getattr(self.loss, "beta", 1.0))
+        self.beta = reward_scale(self.loss)
         self.state = State()
-        for constraint in self.constraints.values():
+        for name, constraint in self.constraints.items():
+            watched = getattr(constraint, "metric", None)
+            if watched and not self.held_out.items:
+                raise ConfigError(f"constraint {name} watches {watched}, but no rows are held out")
             constraint.begin(self.policy, self.change)
 
     @property
@@ -114,6 +116,8 @@ def fit(run: Run) -> State:
     saved = _restore(run, checkpoints)
     metrics = MetricsFile(run.folder / "metrics.jsonl")
     run.logger.start(run.folder, run.composed, after=metrics.truncate(saved))
+    if run.trainer.samples:
+        _samples(run).truncate(saved)
     with Progress(run.plan.steps, state.step, run.folder.name) as bar:
         while True:
             if state.looked < state.step:
@@ -248,6 +252,9 @@ class Interrupted(Exception):
 
 
 def _evaluate(run: Run) -> dict[str, float]:
+    if not run.held_out.items:
+        return _reports(run)
+
     def on_batch() -> None:
         if run.signals.requested:
             raise Interrupted
@@ -260,16 +267,25 @@ def _evaluate(run: Run) -> dict[str, float]:
     row = evaluate(
         run.policy, run.held_out, run.loss, run.beta, score_batch, budget, on_batch=on_batch, **run.context()
     )
+    return row | _reports(run)
+
+
+def _reports(run: Run) -> dict[str, float]:
     reports = {name: constraint.report() for name, constraint in run.constraints.items()}
-    return row | {f"constraint/{name}/{key}": value for name, found in reports.items() for key, value in found.items()}
+    return {f"constraint/{name}/{key}": value for name, found in reports.items() for key, value in found.items()}
 
 
 def _sample(run: Run) -> None:
     seed = run.seed * 1_000_003 + run.state.step
     options = (run.trainer.samples, run.trainer.sample_tokens, seed)
-    with open(run.folder / "samples.jsonl", "a", encoding="utf-8") as file:
-        for sample in generations(run.policy, run.tokenizer, run.held_out, *options):
-            file.write(json.dumps({"step": run.state.step, **sample}, ensure_ascii=False) + "\n")
+    file = _samples(run)
+    for sample in generations(run.policy, run.tokenizer, run.held_out, *options):
+        file.log({"step": run.state.step, **sample})
+    file.close()
+
+
+def _samples(run: Run) -> MetricsFile:
+    return MetricsFile(run.folder / "samples.jsonl")
 
 
 def _record(run: Run, metrics: MetricsFile, row: dict[str, float], every: int = 1) -> None:

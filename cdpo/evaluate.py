@@ -59,6 +59,13 @@ def correct(logps: Logps) -> Tensor:
     return torch.where(tie, 0.5, right.double())
 
 
+def reward_scale(loss: Any) -> float:
+    """beta of the implicit reward beta * log-ratio: the loss's own, or that of the first loss within, or 1."""
+    inner = [getattr(loss, "loss", None), *getattr(loss, "losses", {}).values()]
+    betas = [one.beta for one in (loss, *inner) if hasattr(one, "beta")]
+    return float(betas[0]) if betas else 1.0
+
+
 def unit_weight(loss: Any, logps: Logps) -> Tensor:
     """Weight of each value that the loss returns: the pair's, or 1 per Item."""
     return logps.weight if loss.unit == "pair" else torch.ones(len(logps.sources), device=logps.policy.device)

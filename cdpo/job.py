@@ -94,7 +94,8 @@ def _tokens(
     held_out, held_out_ledger = tokenise(data.eval, tokenizer, spec.dataset, interruptible)
     report = {"read": data.ledger.to_dict(), "train": ledger.to_dict(), "eval": held_out_ledger.to_dict()}
     write_json(folder / "data_report.json", report)
-    train = [item for item in train if item.pairs]
+    if spec.loss.unit == "pair":  # an Item whose rewards all tie has no pair; the ledger counts it as without_pairs
+        train, held_out = ([item for item in items if item.pairs] for items in (train, held_out))
     if not train:
         raise DataError("no pair is left to train on; data_report.json says where the rows went")
     cut = ledger.notes["cut_prompts"].count + ledger.notes["cut_responses"].count
@@ -191,14 +192,18 @@ def _status(folder: Path, logger: Any) -> Iterator[None]:
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }
-    write_json(folder / "status.json", {"state": "running", **where})
+    path = folder / "status.json"
+    before = read_json(path) if path.is_file() else where
+    if changed := [key for key, value in where.items() if before.get(key) != value and key != "host"]:
+        log.warning("%s changed since the last attempt: the run goes on, but not bit for bit", ", ".join(changed))
+    write_json(path, {"state": "running", **where})
     try:
         yield
     except BaseException as error:
         state = "preempted" if isinstance(error, Preempted) else "failed"
         cause = f"{type(error).__name__}: {error}"
-        write_json(folder / "status.json", {"state": state, "cause": cause, **where})
+        write_json(path, {"state": state, "cause": cause, **where})
         logger.finish(getattr(error, "exit_code", 1))
         raise
     logger.finish(0)
-    write_json(folder / "status.json", {"state": read_json(folder / "summary.json")["state"], **where})
+    write_json(path, {"state": read_json(folder / "summary.json")["state"], **where})

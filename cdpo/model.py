@@ -7,6 +7,7 @@ they return is the reference. Constraints change it afterwards, nothing here tra
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,14 +42,17 @@ class HuggingFace:
     trust_remote_code: bool = False
 
     def _load(self, auto: Any, **options: Any) -> Any:
+        from safetensors import SafetensorError
+
         local = self.name_or_path.startswith(("/", "./", "../", "~"))
-        if local and not Path(self.name_or_path).is_dir():
+        name = str(Path(self.name_or_path).expanduser()) if local else self.name_or_path
+        if local and not Path(name).is_dir():
             raise ConfigError(f"model.name_or_path={self.name_or_path}: no such folder")
         options |= {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         try:
-            return auto.from_pretrained(self.name_or_path, **options)
-        except (OSError, ValueError, ImportError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
+            return auto.from_pretrained(name, **options)
+        except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(f"model.name_or_path={self.name_or_path} could not be loaded: {reason}") from error
 
     def tokenizer(self, data: Data) -> PreTrainedTokenizerBase:
@@ -62,17 +66,28 @@ class HuggingFace:
         return tokenizer
 
     def load(self, tokenizer: PreTrainedTokenizerBase, data: Data) -> PreTrainedModel:
-        """The pretrained weights. Raises ConfigError if they cannot be had, or do not cover the tokenizer."""
+        """The pretrained weights. Raises ConfigError if they cannot be had, are not all there, or are an adapter's."""
         from transformers import AutoModelForCausalLM
 
         implementation = "sdpa" if self.attention == "trees" else self.attention
-        model = self._load(
+        model, info = self._load(
             AutoModelForCausalLM,
+            output_loading_info=True,
             dtype=getattr(torch, self.dtype),
             attn_implementation=implementation,
             use_safetensors=True,
         )
         rows = model.get_input_embeddings().num_embeddings
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ConfigError(
+                f"model.name_or_path={self.name_or_path} is an adapter, and the reference must be a whole model: save "
+                "PeftModel.from_pretrained(base, adapter).merge_and_unload() and name its folder"
+            )
+        if missing := sorted(info["missing_keys"]):
+            raise ConfigError(
+                f"model.name_or_path={self.name_or_path} lacks {len(missing)} weights of {type(model).__name__}, which "
+                f"would be random, first {', '.join(missing[:3])}; is it a causal language model?"
+            )
         if len(tokenizer) > rows:
             raise ConfigError(f"{self.name_or_path}: the tokenizer has {len(tokenizer)} tokens, the model {rows}")
         return without_dropout(model)
@@ -92,12 +107,15 @@ class Tiny:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
 
     def __post_init__(self) -> None:
+        for name in ("hidden_size", "layers", "heads", "max_positions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; choose at least 1")
         if self.hidden_size % (2 * self.heads):
             raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of 2 * heads = {2 * self.heads}")
         if self.vocab_size < 258:
             raise ValueError(f"vocab_size={self.vocab_size}; 258 (bytes and two special tokens) is the least")
-        if self.logit_std <= 0:
-            raise ValueError(f"logit_std={self.logit_std} must be positive")
+        if not 0 < self.logit_std < math.inf:
+            raise ValueError(f"logit_std={self.logit_std} must be positive and finite")
 
     def tokenizer(self, data: Data) -> PreTrainedTokenizerBase:
         """Byte-level BPE, trained on the training rows where vocab_size asks for merges; saved with the model."""
@@ -125,7 +143,7 @@ class Tiny:
         config = LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=self.hidden_size,
-            intermediate_size=8 * self.hidden_size // 3 // 8 * 8,
+            intermediate_size=max(8, 8 * self.hidden_size // 3 // 8 * 8),
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
             max_position_embeddings=self.max_positions,
@@ -138,14 +156,15 @@ class Tiny:
             model = LlamaForCausalLM(config)
             # the last norm gives unit-variance features, so this is the spread of the logits
             torch.nn.init.normal_(model.lm_head.weight, std=self.logit_std / self.hidden_size**0.5)
-        return model.to(getattr(torch, self.dtype))
+        for parameter in model.parameters():  # not the rotary frequencies: from_pretrained keeps them in float32 too
+            parameter.data = parameter.data.to(getattr(torch, self.dtype))
+        return model
 
 
 def _texts(data: Data) -> Iterator[str]:
     """Every prompt and response of the training rows."""
     for row in data.train:
-        prompt = row.prompt if isinstance(row.prompt, str) else "\n\n".join(m["content"] for m in row.prompt)
-        yield from (prompt, *row.responses)
+        yield from row.texts()
 
 
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
@@ -153,8 +172,9 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010  applied as a function by most attention modules
+        for name, value in vars(module).items():  # applied as a function: attention_dropout, hidden_dropout, layerdrop
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
     return model
 
 

@@ -15,6 +15,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 
+def _check(name: str, value: float, least: float, below: float = math.inf) -> None:
+    if not least <= value < below:
+        raise ValueError(f"{name}={value} must lie in [{least:g}, {below:g})")
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Learning rate over the steps: linear warm-up, then constant, or falling to zero linearly or as a cosine."""
@@ -26,8 +31,8 @@ class Schedule:
     full_batch: ClassVar[bool] = False  # whether every step must see all Items
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate={self.learning_rate} must be positive")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate={self.learning_rate} must be positive and finite")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps={self.warmup_steps} must not be negative")
 
@@ -51,6 +56,12 @@ class AdamW(Schedule):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for beta in self.betas:
+            _check("betas", beta, 0, below=1)
+        _check("eps", self.eps, 0)
+
     def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         return torch.optim.AdamW(parameters, self.learning_rate, self.betas, self.eps, weight_decay=0.0)
 
@@ -60,6 +71,10 @@ class SGD(Schedule):
     """Stochastic gradient descent, with heavy-ball momentum."""
 
     momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check("momentum", self.momentum, 0, below=1)
 
     def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         return torch.optim.SGD(parameters, self.learning_rate, self.momentum)
@@ -71,6 +86,11 @@ class RMSprop(Schedule):
 
     alpha: float = 0.99
     eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check("alpha", self.alpha, 0, below=1)
+        _check("eps", self.eps, 0)
 
     def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         return torch.optim.RMSprop(parameters, self.learning_rate, self.alpha, self.eps)
@@ -86,6 +106,11 @@ class LBFGS(Schedule):
     tolerance_change: float = 1e-15
 
     full_batch: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("max_iter", 1), ("history_size", 1), ("tolerance_grad", 0), ("tolerance_change", 0)):
+            _check(name, getattr(self, name), least)
 
     def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         options = {name: getattr(self, name) for name in ("max_iter", "history_size")}

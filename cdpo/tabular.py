@@ -36,12 +36,13 @@ class TabularForCausalLM(PreTrainedModel, GenerationMixin):
     """logits(next | ..., last) = table[last]. Token ids: symbols first, then prompts."""
 
     config_class = TabularConfig
-    _supports_attention_backend = True  # it has no attention, so it supports any
+    _supports_attention_backend = _supports_sdpa = True  # it has no attention, so it supports any
 
     def __init__(self, config: TabularConfig) -> None:
         super().__init__(config)
         self.table = nn.Embedding(config.contexts, config.symbols)
         self.post_init()
+        self.generation_config.use_cache = False  # the last token is all it looks at
 
     def get_input_embeddings(self) -> nn.Module:
         """The table: it is looked up by the last token."""
@@ -70,6 +71,8 @@ class Tabular:
 
         if data.table is None:
             raise ConfigError("model=tabular needs dataset=bandit: other data has no finite set of responses")
+        if both := set(data.symbols) & set(data.prompts):
+            raise ConfigError(f"model=tabular: {min(both)!r} is a prompt and a response; rename one")
         texts = [*data.symbols, *data.prompts]
         tokenizer = Tokenizer(models.WordLevel({text: i for i, text in enumerate(texts)}))
         known = "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))

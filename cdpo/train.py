@@ -131,9 +131,9 @@ def main() -> None:
 
 def _with_model_group(arguments: list[str]) -> list[str]:
     """`model.name_or_path=X` alone means `model=hf model.name_or_path=X`: the tiny default has no such key."""
-    named = any(argument.startswith("model.name_or_path=") for argument in arguments)
     chosen = any(argument.startswith("model=") for argument in arguments)
-    return [*arguments, "model=hf"] if named and not chosen else arguments
+    named = [i for i, argument in enumerate(arguments) if argument.startswith("model.name_or_path=")]
+    return [*arguments[: named[0]], "model=hf", *arguments[named[0] :]] if named and not chosen else arguments
 
 
 def _explain(error: Exception, quiet: bool) -> int:

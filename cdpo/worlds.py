@@ -68,6 +68,7 @@ class Bandit(Limits):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_unused(self, ("chat_template",), "on plain text")
         require_positive(self, "prompts", "length", "pairs", "eval_pairs")
         if not 2 <= self.alphabet <= len(LETTERS):
             raise ConfigError(f"dataset.alphabet={self.alphabet}: choose 2 to {len(LETTERS)}")

@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from composing import composed
 from safetensors.torch import load_file
 
 from cdpo import checkpoint, config, engine, job
@@ -25,12 +24,6 @@ CONSTRAINTS = sorted(path.stem for path in (config.CONF / "constraint").glob("*.
 TIMES = {"tokens_per_second", "pairs_per_second"}
 SMALL = ["logger=none", "model.hidden_size=16", "model.heads=2", "trainer.eval_every=4", "dataset.prompts=5",
          "dataset.alphabet=4", "trainer.batch_size=2", "trainer.max_steps=8", "trainer.checkpoint_every=3"]  # fmt: skip
-
-
-def composed(*overrides: str) -> dict:
-    with initialize_config_dir(str(config.CONF), version_base="1.3"):
-        node = compose("config", overrides=list(overrides))
-    return OmegaConf.to_container(node, resolve=True)
 
 
 def rows(folder: Path) -> list[dict]:
@@ -184,7 +177,8 @@ def gradient_of(settings: dict, folder: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_gradient_does_not_depend_on_micro_batches(loss, tmp_path, monkeypatch):
     """Uneven Items: pairs and tokens per Item differ, so means of means would show."""
     base = [*SMALL, "dataset.preferences=sampled", "dataset.pairs=17", "trainer.batch_size=null", "model.dtype=float64",
-            "dataset.length=2", "dataset.alphabet=3", f"loss={loss}", "constraint=kl_budget", "trainer.max_grad_norm=null"]  # fmt: skip
+            "dataset.length=2", "dataset.alphabet=3", f"loss={loss}", "constraint=kl_budget",
+            "trainer.max_grad_norm=null"]  # fmt: skip
     one = gradient_of(composed(*base, "trainer.tokens_per_micro_batch=100000"), tmp_path / "one", monkeypatch)
     for budget in (1, 30, 45):
         many = gradient_of(

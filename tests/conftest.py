@@ -1,0 +1,19 @@
+"""Shared by all tests: one thread, and a folder with a tiny model of each architecture."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Folder of each architecture in architectures.CONFIGS, as save_pretrained leaves it: weights and tokenizer."""
+    from architectures import CONFIGS, save
+
+    root = tmp_path_factory.mktemp("models")
+    for name in CONFIGS:
+        save(name, root / name)
+    return {name: root / name for name in CONFIGS}

@@ -1,0 +1,114 @@
+"""Every shipped choice composes and builds; what cannot be used is refused with the key and the nearest valid name."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from composing import composed
+from omegaconf import OmegaConf
+
+from cdpo import config
+from cdpo.errors import ConfigError
+from cdpo.losses.pairwise import IPO
+
+CHOICES = [(path.parent.name, path.stem) for path in sorted(config.CONF.glob("*/*.yaml"))]
+NEEDS = {"jsonl": ["dataset.path=rows.jsonl"], "hf": ["model.name_or_path=some/model"]}
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_composes_and_builds(group, choice):
+    spec = config.read(composed(f"{group}={choice}", *NEEDS.get(choice, [])))
+    assert dataclasses.is_dataclass(getattr(spec, group) if group != "constraint" else spec)
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_a_file_has_the_keys_of_its_class_in_order(group, choice):
+    node = OmegaConf.load(config.CONF / group / f"{choice}.yaml")
+    node = node.get(group, node) if "_target_" not in node else node
+    if "_target_" not in node or "losses" in node or "defaults" in node:
+        return  # none.yaml; and what is made of other files
+    cls = config._target(node["_target_"], group, ["cdpo."])
+    known = [f.name for f in dataclasses.fields(cls) if f.init]
+    given = [key for key in node if key != "_target_"]
+    assert given == [name for name in known if name in given]
+    missing = set(known) - set(given)
+    assert not missing, f"{group}/{choice}.yaml does not say {missing}"
+
+
+def test_trainer_section_has_the_keys_of_its_class():
+    node = OmegaConf.load(config.CONF / "config.yaml").trainer
+    trainer = config.Trainer()
+    assert dict(node) == dataclasses.asdict(trainer)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"foo": 1}, "unknown key foo"),
+        ({"trainer": {"batchsize": 1}}, "unknown key trainer.batchsize, did you mean batch_size"),
+        ({"trainer": {"batch_size": "four"}}, "trainer.batch_size='four'"),
+        ({"trainer": {"batch_size": True}}, "trainer.batch_size=True"),
+        ({"trainer": {"batch_size": 0}}, "batch_size=0 must be at least 1"),
+        ({"trainer": {"autocast": "no"}}, "trainer.autocast='no'"),
+        ({"seed": 1.5}, "seed=1.5"),
+        ({"name": "../up"}, "name='../up' must match"),
+        ({"name": "a/b"}, "name='a/b' must match"),
+        ({"name": ".hidden"}, "must match"),
+        ({"loss": {"_target_": "cdpo.losses.pairwise.IPO", "tua": 1.0}}, "unknown key loss.tua, did you mean tau"),
+        ({"loss": {"_target_": "cdpo.losses.pairwise.IPO", "tau": "x"}}, "loss.tau='x'"),
+        ({"loss": {"_target_": "cdpo.losses.pairwise.IPO", "tau": -1.0}}, "loss: tau"),
+        ({"loss": {"_target_": "os.system"}}, "is not under cdpo."),
+        ({"loss": {"_target_": "cdpo.losses.pairwise.torch.load"}}, "does not exist"),
+        ({"loss": {"_target_": "cdpo.config.importlib"}}, "is not a dataclass"),
+        ({"loss": {"_target_": "cdpo.losses.combined.WPO", "loss": {"_target_": "os.system"}}}, "loss.loss._target_"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_with_its_key(change, message):
+    with pytest.raises(ConfigError) as error:
+        config.read(composed() | change)
+    assert message in str(error.value)
+    assert error.value.exit_code == 2
+
+
+def test_an_int_may_stand_for_a_float_and_nothing_else_is_coerced():
+    spec = config.read(composed() | {"loss": {"_target_": "cdpo.losses.pairwise.IPO", "tau": 1}})
+    assert spec.loss == IPO(tau=1.0)
+
+
+def test_allowed_prefixes_admit_targets_of_ones_own(tmp_path, monkeypatch):
+    lines = ("from dataclasses import dataclass", "@dataclass(frozen=True)", "class Mine:", "    beta: float = 0.1")
+    (tmp_path / "my_losses.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    node = composed() | {"loss": {"_target_": "my_losses.Mine", "beta": 0.2}}
+    with pytest.raises(ConfigError, match="allow_targets"):
+        config.read(node)
+    assert config.read(node | {"allow_targets": ["my_losses."]}).loss.beta == 0.2
+
+
+def test_nested_losses_are_built():
+    loss = config.read(composed("loss=wpo", "loss@loss.loss=ipo", "loss.loss.tau=0.3")).loss
+    assert loss.loss == IPO(tau=0.3)
+    terms = config.read(composed("loss=dpo_sft")).loss.losses
+    assert {name: type(term).__name__ for name, term in terms.items()} == {"dpo": "DPO", "sft": "SFT"}
+
+
+def test_the_name_of_a_run_depends_on_what_determines_its_numbers_only():
+    one = composed("loss=dpo", "seed=1")
+    assert config.digest(one) == config.digest(dict(reversed(one.items())))
+    for free in ("logger=none", "output_root=elsewhere", "trainer.log_every=7", "name=other"):
+        assert config.digest(composed("loss=dpo", "seed=1", free)) == config.digest(one)
+    trained = ("seed=2", "loss.beta=0.2", "constraint=l2_ball", "trainer.batch_size=8", "dataset.prompts=3",
+               "model.hidden_size=64", "optimizer.learning_rate=1e-4", "trainer.tokens_per_micro_batch=64")  # fmt: skip
+    others = {config.digest(composed("loss=dpo", "seed=1", key)) for key in trained if "seed=2" not in key}
+    others.add(config.digest(composed("loss=dpo", "seed=2")))
+    assert len(others - {config.digest(one)}) == len(trained)
+
+
+def test_run_names_are_single_safe_path_components():
+    name = config.run_name(
+        composed("constraint=[lora_r8,weight_decay]"), {"dataset": "a/b", "model": "x", "loss": "$(y)"}
+    )
+    assert config.NAME.fullmatch(name[:64])
+    assert "/" not in name
+    assert len(name) < 120

@@ -1,0 +1,184 @@
+"""The command line as a user meets it: exit codes, messages of a few lines, sweeps in which one run may fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cdpo import train
+
+QUICK = ["logger=none", "model=tabular", "trainer.max_steps=3", "dataset.prompts=3", "dataset.alphabet=3"]
+
+
+@pytest.fixture
+def cdpo_train(tmp_path, monkeypatch, capsys):
+    """Run the console script's function; returns exit code and what went to stderr and stdout."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["cdpo-train", *arguments, f"output_root={tmp_path}/out"])
+        monkeypatch.setattr(train, "OUTCOMES", [])
+        try:
+            train.main()
+            code = 0
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.err + captured.out
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["loss.betta=1"], 2, "unknown key loss.betta, did you mean beta?"),
+        (["+loss.betta=1"], 2, "unknown key loss.betta, did you mean beta?"),
+        (["++trainer.batchsize=1"], 2, "unknown key trainer.batchsize, did you mean batch_size?"),
+        (["looss=dpo"], 2, "unknown key looss, did you mean loss?"),
+        (["loss=dpoo"], 2, "loss=dpoo does not exist, did you mean dpo?"),
+        (["constraint=lora_r9"], 2, "constraint=lora_r9 does not exist, did you mean lora_r8?"),
+        (["constraint=[l2_ball,lora_r9]"], 2, "constraint=lora_r9 does not exist, did you mean lora_r8?"),
+        (["optimizer.learning_rate=1e-4x"], 2, "optimizer.learning_rate='1e-4x'"),
+        (["loss.beta=-1"], 2, "loss: beta=-1.0"),
+        (["trainer.autocast=no"], 2, "autocast"),
+        (["name=../../escape"], 2, "name='../../escape' must match"),
+        (["dataset=jsonl"], 2, "dataset.path has no default: set dataset.path=..."),
+        (["dataset=jsonl", "dataset.path=nowhere.jsonl"], 2, "nowhere.jsonl: no such file"),
+        (["constraint=[lora_r4,lora_r8]"], 2, "lora_r4 with lora_r8"),
+        (["constraint=[lora_r8,bias_only]"], 2, "lora_r8 with bias_only"),
+        (["optimizer=lbfgs", "constraint=l2_ball"], 2, "l2_ball with optimizer=lbfgs"),
+        (["optimizer=lbfgs", "trainer.batch_size=2"], 2, "trainer.batch_size=null"),
+        (["loss.power=0.5"], 2, "power"),
+        (["dataset.pairs=100"], 2, "dataset.pairs=100 has no effect"),
+        (["loss._target_=os.system"], 2, "is not under cdpo."),
+        (["model._target_=subprocess.Popen"], 2, "is not under cdpo."),
+        (["trainer.device=cuda"], 2, "torch sees no GPU"),
+        (["constraint=bias_only"], 2, "bias"),
+        (["dataset.path={tmp}/world.json"], 3, "world.json"),
+        (["optimizer.learning_rate=1e300", "optimizer=sgd"], 4, "step"),
+    ],
+)
+def test_bad_input_ends_with_its_code_and_says_what_to_change(cdpo_train, tmp_path, arguments, code, message):
+    (tmp_path / "world.json").write_text('{"prompts": ["x"], "responses": ["a", "b"], "rewards": [[1.0]]}')
+    if "trainer.device=cuda" in arguments and __import__("torch").cuda.is_available():
+        pytest.skip("a GPU is here")
+    own_data = any(argument.startswith(("dataset=", "dataset.path=")) for argument in arguments)
+    base = QUICK[:3] if own_data else QUICK
+    found, text = cdpo_train(*base, *(a.format(tmp=tmp_path) for a in arguments))
+    assert found == code, text
+    assert message in text
+    assert "Traceback" not in text
+
+
+def test_bad_rows_are_named_with_file_and_line(cdpo_train, tmp_path):
+    lines = [json.dumps({"prompt": f"p{i}", "chosen": "yes", "rejected": "no"}) for i in range(6)]
+    lines[2], lines[4] = '{"prompt": "p", "chosen": "yes"', '{"prompt": "p", "choosen": "yes", "rejected": "no"}'
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    code, text = cdpo_train("logger=none", "dataset=jsonl", f"dataset.path={tmp_path}/rows.jsonl")
+    assert code == 3
+    assert "rows.jsonl:3" in text
+    assert "rows.jsonl:5" in text
+    assert "2 rows" in text
+
+
+def test_remote_code_cannot_be_trusted_by_a_file(cdpo_train, tmp_path):
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    (tmp_path / "conf" / "model" / "evil.yaml").write_text(
+        "_target_: cdpo.model.HuggingFace\nname_or_path: x\ntrust_remote_code: true\n"
+    )
+    code, text = cdpo_train(f"hydra.searchpath=[file://{tmp_path}/conf]", "model=evil", "logger=none")
+    assert code == 2
+    assert "only be set on the command line" in text
+
+
+def test_a_sweep_goes_on_after_a_failure_and_the_exit_code_tells(cdpo_train, tmp_path):
+    code, text = cdpo_train(
+        "-m", *QUICK, "loss=dpo,ipo", "optimizer=sgd", "optimizer.learning_rate=1e-3,1e300", "seed=0,1"
+    )
+    assert code == 1
+    states = [json.loads(path.read_text())["state"] for path in sorted((tmp_path / "out").glob("*/status.json"))]
+    assert sorted(states) == ["failed"] * 4 + ["finished"] * 4
+    assert text.count("NumericsError") >= 4
+    assert "8 runs" in text
+
+
+def test_a_sweep_twice_trains_nothing_twice(cdpo_train, tmp_path, monkeypatch):
+    arguments = ("-m", *QUICK, "loss=dpo,gaussian", "constraint=none,lora_r1,l2_ball")
+    assert cdpo_train(*arguments)[0] == 0
+    folders = sorted((tmp_path / "out").glob("*/summary.json"))
+    assert len(folders) == 6
+    from cdpo import engine
+
+    monkeypatch.setattr(engine, "_step", lambda run: pytest.fail("trained again"))
+    assert cdpo_train(*arguments)[0] == 0
+
+
+def test_model_name_alone_chooses_the_hf_group():
+    assert train._with_model_group(["model.name_or_path=x"]) == ["model=hf", "model.name_or_path=x"]
+    chosen = ["model=gpt2", "model.name_or_path=x"]
+    assert train._with_model_group(chosen) == chosen
+
+
+def test_dataset_limits_that_a_model_cannot_hold_are_refused(cdpo_train, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p" * 90, "chosen": "yes", "rejected": "no"}) + "\n")
+    code, text = cdpo_train(
+        "logger=none",
+        "dataset=jsonl",
+        f"dataset.path={tmp_path}/rows.jsonl",
+        "dataset.eval_size=0",
+        "model.max_positions=64",
+    )
+    assert code == 2
+    assert "the model knows 64 positions" in text
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def started(folder: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "cdpo.train", "logger=none", "model.hidden_size=16", "model.heads=2",
+               "trainer.max_steps=100000", f"output_root={folder}", "name=run", *arguments]  # fmt: skip
+    return subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_steps(process: subprocess.Popen, folder: Path, steps: int) -> None:
+    deadline = time.monotonic() + 120
+    path = folder / "run" / "metrics.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < steps:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_saves_and_exits_with_75(tmp_path, number):
+    process = started(tmp_path)
+    wait_for_steps(process, tmp_path, 5)
+    process.send_signal(number)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 75, text
+    assert "the same command goes on from there" in text
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "preempted"
+    saved = sorted((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert int(saved[-1].name[-8:]) == steps[-1]
+
+
+def test_a_second_launch_in_the_same_directory_is_refused(tmp_path):
+    process = started(tmp_path)
+    wait_for_steps(process, tmp_path, 2)
+    other = started(tmp_path)
+    _, text = other.communicate(timeout=60)
+    process.kill()
+    process.wait()
+    assert other.returncode == 2
+    assert f"pid {process.pid}" in text
