@@ -8,39 +8,12 @@ from pathlib import Path
 import cdpo
 
 PACKAGE = Path(cdpo.__file__).parent
-ORDER = [
-    "errors",
-    "batch",
-    "files",
-    "losses",
-    "candidates",
-    "preemption",
-    "progress",
-    "lock",
-    "metrics",
-    "logger",
-    "rows",
-    "records",
-    "formats",
-    "data",
-    "worlds",
-    "tokenise",
-    "config",
-    "packing",
-    "attention",
-    "logps",
-    "reference",
-    "model",
-    "tabular",
-    "change",
-    "constraints",
-    "optim",
-    "checkpoint",
-    "evaluate",
-    "engine",
-    "job",
-    "train",
-]
+ABOVE_TO_BELOW = """
+    errors batch files losses candidates preemption progress lock metrics logger rows records formats data worlds
+    tokenise config packing attention logps reference model tabular change constraints optim checkpoint evaluate engine
+    job train
+"""
+ORDER = ABOVE_TO_BELOW.split()
 
 
 def unit(path: Path) -> str:
