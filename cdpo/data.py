@@ -10,10 +10,10 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
-from .errors import ConfigError, DataError
-from .formats import ADAPTERS, FORMATS, check, detect
-from .records import Record, read
-from .rows import BadRow, Data, Ledger, Limits, Row, refuse_unused, report, require_positive
+from cdpo.errors import ConfigError, DataError
+from cdpo.formats import ADAPTERS, FORMATS, check, detect
+from cdpo.records import Record, read
+from cdpo.rows import BadRow, Data, Ledger, Limits, Row, refuse_unused, report, require_positive
 
 log = logging.getLogger(__name__)
 LOOK_AT = 200  # records that vote on the format

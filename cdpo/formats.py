@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from itertools import combinations
 from typing import Any
 
-from .batch import Pair
-from .rows import BadRow, Row, is_number, misspelt
+from cdpo.batch import Pair
+from cdpo.rows import BadRow, Row, is_number, misspelt
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 Columns = dict[str, Any]

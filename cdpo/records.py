@@ -9,8 +9,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from .errors import ConfigError, DataError
-from .rows import BadRow
+from cdpo.errors import ConfigError, DataError
+from cdpo.rows import BadRow
 
 BOM = b"\xef\xbb\xbf"
 

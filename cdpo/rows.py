@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from .batch import Pair
-from .errors import ConfigError, DataError
+from cdpo.batch import Pair
+from cdpo.errors import ConfigError, DataError
 
 SHOWN = 20  # row names per kind, in messages and in data_report.json
 NOTES = (  # what can befall a row besides being dropped

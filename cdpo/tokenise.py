@@ -11,9 +11,9 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from .batch import Item
-from .errors import ConfigError, DataError
-from .rows import BadRow, Ledger, Limits, Row
+from cdpo.batch import Item
+from cdpo.errors import ConfigError, DataError
+from cdpo.rows import BadRow, Ledger, Limits, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,10 +12,10 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
-from .batch import Pair
-from .errors import ConfigError
-from .records import read_object
-from .rows import (
+from cdpo.batch import Pair
+from cdpo.errors import ConfigError
+from cdpo.records import read_object
+from cdpo.rows import (
     BadRow,
     Data,
     Ledger,

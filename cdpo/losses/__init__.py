@@ -6,8 +6,8 @@ from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from ..batch import Logps
-from ..errors import NumericsError
+from cdpo.batch import Logps
+from cdpo.errors import NumericsError
 
 SHOWN = 3  # rows that a message names
 

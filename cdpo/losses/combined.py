@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from ..batch import Logps
-from . import Loss
-from .numerics import EXP_BOUND
+from cdpo.batch import Logps
+from cdpo.losses import Loss
+from cdpo.losses.numerics import EXP_BOUND
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batch import Logps
-from .numerics import check_positive, exp_or_tangent
+from cdpo.batch import Logps
+from cdpo.losses.numerics import check_positive, exp_or_tangent
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batch import Logps
-from .numerics import check_positive, exp_or_tangent
+from cdpo.batch import Logps
+from cdpo.losses.numerics import check_positive, exp_or_tangent
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batch import Logps
-from ..errors import ConfigError
-from .numerics import check_positive, check_range, exp_or_tangent, log_odds
+from cdpo.batch import Logps
+from cdpo.errors import ConfigError
+from cdpo.losses.numerics import check_positive, check_range, exp_or_tangent, log_odds
 
 
 @dataclass(frozen=True)
