@@ -69,7 +69,8 @@ def _run(spec: config.Config, composed: dict[str, Any], folder: Path, signals: S
     train = Scored(train_items, padded, accelerator.device)
     held_out = Scored(held_out_items, padded, accelerator.device)
     for scored, name in ((train, "train"), (held_out, "eval")):
-        _add_reference(policy, scored, spec, accelerator, folder / f"reference-{name}.safetensors", interruptible)
+        if scored.items:
+            _add_reference(policy, scored, spec, accelerator, folder / f"reference-{name}.safetensors", interruptible)
     set_seed(spec.seed)
     for constraint in spec.constraint.values():
         policy = constraint.wrap(policy)

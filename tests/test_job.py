@@ -314,3 +314,62 @@ def test_dropout_of_a_checkpoint_is_off_unless_it_is_the_constraint(gpt2, tmp_pa
     )
     assert first["rewards/margins"] == pytest.approx(0.0, abs=1e-5)
     assert abs(second["rewards/margins"]) > 1e-4
+
+
+def test_gradient_checkpointing_changes_no_number(tmp_path):
+    for name, switch in (("plain", "false"), ("checkpointed", "true")):
+        settings = composed(*SMALL, "constraint=lora_r4", f"trainer.gradient_checkpointing={switch}")
+        job.run(settings, tmp_path / name)
+    assert same(weights(tmp_path / "plain"), weights(tmp_path / "checkpointed"))
+
+
+def test_autocast_is_bfloat16_arithmetic_on_float32_weights(tmp_path):
+    job.run(composed(*SMALL), tmp_path / "plain")
+    job.run(composed(*SMALL, "trainer.autocast=true"), tmp_path / "autocast")
+    plain, autocast = (rows(tmp_path / name)[-1]["eval/loss"] for name in ("plain", "autocast"))
+    assert plain != autocast
+    assert plain == pytest.approx(autocast, abs=1e-2)
+    assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "autocast").values())
+
+
+@pytest.mark.slow
+def test_compile_gives_the_same_numbers_up_to_rounding(tmp_path):
+    for name, switch in (("plain", "false"), ("compiled", "true")):
+        job.run(composed(*SMALL, f"trainer.compile={switch}"), tmp_path / name)
+    plain, compiled = (rows(tmp_path / name)[-1]["eval/loss"] for name in ("plain", "compiled"))
+    assert plain == pytest.approx(compiled, abs=1e-4)
+
+
+def test_samples_are_written_at_every_evaluation_and_once_after_a_resume(tmp_path, monkeypatch):
+    settings = composed(*SMALL, "trainer.samples=2", "trainer.sample_tokens=5")
+    job.run(settings, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupted_at(5, patch)
+        with pytest.raises(Preempted):
+            job.run(settings, tmp_path / "parts")
+    job.run(settings, tmp_path / "parts")
+    lines = (tmp_path / "whole" / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 0, 4, 4, 8, 8]
+    assert (tmp_path / "parts" / "samples.jsonl").read_text().splitlines() == lines
+
+
+def test_early_stopping_on_held_out_rows_needs_some(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"p{i}", "chosen": "yes", "rejected": "no"}) for i in range(4)))
+    base = [s for s in SMALL if "dataset." not in s]
+    settings = composed(
+        *base, "dataset=jsonl", f"dataset.path={path}", "dataset.eval_size=0", "constraint=early_stop_metric"
+    )
+    with pytest.raises(ConfigError, match="no rows are held out"):
+        job.run(settings, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("loss", "scale"), [("dpo", 0.1), ("wpo", 0.1), ("dpo_sft", 0.1), ("ipo", 1.0), ("sft", 1.0), ("simpo", 2.0)]
+)
+def test_logged_rewards_are_beta_times_the_log_ratio(loss, scale, tmp_path):
+    job.run(composed(*SMALL, f"loss={loss}", "trainer.batch_size=null"), tmp_path / "run")
+    last = rows(tmp_path / "run")[-1]
+    first = rows(tmp_path / "run")[0]
+    moved = last["eval/logps/chosen"] - first["eval/logps/chosen"]
+    assert last["eval/rewards/chosen"] == pytest.approx(scale * moved, rel=1e-5)

@@ -14,6 +14,7 @@ from cdpo.change import Change
 from cdpo.constraints.dropout import Dropout
 from cdpo.constraints.lora import LoRA
 from cdpo.errors import ConfigError, NumericsError
+from cdpo.logps import score
 from cdpo.model import Tiny
 from cdpo.reference import Scored, add_reference, check_start, layout_for, logps_of
 
@@ -224,7 +225,32 @@ def test_a_policy_of_nan_does_not_start(folders, tmp_path):
         check_start(policy, found)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "rounding"),
+    [("float64", False, 1e-7), ("float32", False, 3e-5), ("bfloat16", False, 0.1), ("float32", True, 0.1)],
+)
+def test_roundings_pass_and_more_does_not(folders, tmp_path, monkeypatch, dtype, autocast, rounding):
+    """Nats per token by which two kernels may differ, added here; thirty times as much is another policy.
+
+    Float64 keeps 1e-7 because norms compute in float32 whatever the dtype is.
+    """
+    policy = load(folders["llama"], dtype)
+    off = 0.0
+
+    def moved(model, batch):
+        return score(model, batch) + off * batch.length.sqrt() * (-1.0) ** batch.length
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = started(policy, tmp_path)
+        monkeypatch.setattr(reference, "score", moved)
+        off = rounding
+        assert rounding < check_start(policy, found) < 10 * rounding
+        off = 30 * rounding
+        with pytest.raises(ConfigError, match="at step 0"):
+            check_start(policy, found)
+
+
+@pytest.mark.parametrize("seed", range(2))
 def test_autocast_rounds_more(tmp_path, seed):
     """Weights in float32, products in bfloat16, other micro-batches than the reference's: no false alarm."""
     policy = Tiny(hidden_size=32, init_seed=seed, heads=2).load(Tiny().tokenizer(NO_DATA), NO_DATA)

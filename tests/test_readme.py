@@ -1,0 +1,221 @@
+"""The README cannot rot: its commands compose and build, its tables list what there is, its examples run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from composing import composed
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from cdpo import config, errors
+from cdpo.data import Jsonl
+from cdpo.train import _with_model_group
+from cdpo.worlds import Bandit
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
+FILES = {m[1]: text for _, text in BLOCKS if (m := re.match(r"(?:# @package.*\n)?# (mine/[\w/.]+)", text))}
+LINES = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+COMMANDS = [line for line in LINES if "cdpo-train" in line and "--help" not in line]
+
+
+def section(title):
+    """The text below a heading, up to the next heading."""
+    return re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^#|\Z)", README, re.M | re.S)[1]
+
+
+def table(title):
+    """The cells of the table below a heading, without its head."""
+    rows = [line.strip("|").split("|") for line in section(title).splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def quoted(cell):
+    """What stands in backticks."""
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def jobs(line):
+    """The overrides of every job that a command line starts, and its --config-dir."""
+    words = shlex.split(line.partition("cdpo-train")[2], comments=True)
+    folder = words.pop(words.index("--config-dir") + 1) if "--config-dir" in words else None
+    overrides = [word for word in words if not word.startswith("-")]
+    if "-m" not in words:
+        return [_with_model_group(overrides)], folder
+    return BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)[0], folder
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """The folder of the examples, as the README writes it, importable."""
+    for name, text in FILES.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path / "mine"))
+    return tmp_path / "mine"
+
+
+def test_the_examples_are_there():
+    assert sorted(FILES) == [
+        "mine/constraint/norm_cap.yaml",
+        "mine/loss/squared.yaml",
+        "mine/norm_cap.py",
+        "mine/squared.py",
+        "mine/test_norm_cap.py",
+        "mine/test_squared.py",
+    ]
+    assert len(COMMANDS) >= 12
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_composes_and_builds(line, mine):
+    overrides, folder = jobs(line)
+    search = [f"hydra.searchpath=[file://{mine.parent / folder}]"] if folder else []
+    for job in overrides:
+        spec = config.read(composed(*job, *search))
+        wanted = dict(override.split("=", 1) for override in job)
+        if "constraint" in wanted:
+            assert sorted(spec.constraint) == sorted(set(wanted["constraint"].strip("[]").split(",")) - {"none"})
+        if "seed" in wanted:
+            assert spec.seed == int(wanted["seed"])
+
+
+def test_the_sweep_has_as_many_runs_as_it_says():
+    said = {int(m[1]): line for line in COMMANDS if (m := re.search(r"# (\d+) runs", line))}
+    assert said
+    for count, line in said.items():
+        assert len(jobs(line)[0]) == count
+
+
+def test_the_first_screen_has_the_two_commands():
+    first, second = [line for line in LINES if "venv" in line]
+    assert README.index(second) < README.index("\n## ")
+    assert "-m venv .venv" in first
+    assert first.endswith("-e . && .venv/bin/cdpo-train")
+    assert second.endswith("-e '.[test]' && .venv/bin/pytest -m \"not slow\"")
+    for line in (first, second):
+        assert "-c requirements.lock" in line
+
+
+def test_the_examples_pass_their_own_tests(mine):
+    for path in sorted(mine.glob("test_*.py")):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        getattr(module, path.stem)()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "--config-dir" in line])
+def test_the_examples_train(line, mine):
+    command = f"{line} trainer.max_steps=3 logger=none name=example"
+    paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, shell=True, cwd=mine.parent, env={**os.environ, **paths}, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [yaml.safe_load(row) for row in (mine.parent / "outputs/example/metrics.jsonl").read_text().splitlines()]
+    assert max(row["step"] for row in rows) == 3
+    if "norm_cap" in line:
+        assert all(row["constraint/norm_cap/boundary_distance"] > -1e-6 for row in rows if "eval/loss" in row)
+    else:
+        assert rows[0]["eval/loss"] == pytest.approx(1.0)  # at the reference every margin is 0
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+@pytest.mark.parametrize("group", ["model", "dataset", "loss", "constraint"])
+def test_a_table_lists_every_option_of_its_group(group):
+    told = [name for row in table(group) for name in quoted(row[0])]
+    assert sorted(told) == sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
+
+
+def test_optimizers_and_loggers():
+    told = [name for row in table("optimizer and logger") for name in quoted(row[0])]
+    there = [f"{g}={path.stem}" for g in ("optimizer", "logger") for path in (ROOT / "conf" / g).glob("*.yaml")]
+    assert sorted(told) == sorted(there)
+
+
+def test_defaults_are_the_ones_of_the_config():
+    conf = yaml.safe_load((ROOT / "conf/config.yaml").read_text())
+    there = {f"trainer.{key}": value for key, value in conf["trainer"].items()}
+    there |= {key: conf[key] for key in ("seed", "name", "output_root", "allow_targets")}
+    told = {quoted(row[0])[0]: yaml.safe_load(row[1]) for row in table("trainer and the rest")}
+    assert told == there
+    chosen = {k: v for entry in conf["defaults"] if isinstance(entry, dict) for k, v in entry.items()}
+    for group in ("model", "dataset", "loss", "constraint"):
+        default = [quoted(row[0])[0] for row in table(group) if row[1].startswith("default")]
+        assert default == ([chosen[group]] if isinstance(chosen[group], str) else chosen[group])
+
+
+def test_hub_names_are_the_ones_of_the_config():
+    for group, key in (("model", "name_or_path"), ("dataset", "name")):
+        for row in table(group):
+            name = yaml.safe_load((ROOT / "conf" / group / f"{quoted(row[0])[0]}.yaml").read_text()).get(key, "???")
+            assert name == "???" or name in row[1]
+
+
+def test_the_number_of_losses():
+    assert int(re.search(r"one of (\d+) losses", README)[1]) == len(list((ROOT / "conf/loss").glob("*.yaml")))
+
+
+def test_the_file_map_is_complete():
+    told = {quoted(row[0])[0] for row in table("Files")}
+    there = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("cdpo/**/*.py")} - {"cdpo/__init__.py"}
+    assert {name for name in told if name.endswith(".py")} == there
+    assert all((ROOT / name).exists() for name in told)
+
+
+def test_exit_codes():
+    told = {int(row[0]): row[1] for row in table("Exit codes")}
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.CdpoError)]
+    assert set(told) == {0} | {kind.exit_code for kind in kinds}
+    for kind, word in ((errors.ConfigError, "config"), (errors.DataError, "data"), (errors.DiskError, "disk")):
+        assert told[kind.exit_code].startswith(word)
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("form", ["columns", "transcripts", "messages", "scored"])
+def test_an_example_row_is_read_as_its_format(form, tmp_path, caplog):
+    row = re.search(rf"^`{form}`:.*?```json\n(.*?)```", README, re.M | re.S)[1]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(row)
+    with caplog.at_level("INFO"):
+        rows = Jsonl(path=str(path), eval_size=0).load(0).train
+    assert f"format {form} " in caplog.text
+    best, worst = (rows[0].responses[i] for i in (rows[0].pairs[0].winner, rows[0].pairs[-1].loser))
+    assert (best.strip(), worst.strip()) == ("7", "8")
+    assert len(rows[0].pairs) == (3 if form == "scored" else 1)
+
+
+def test_the_example_world_is_read(tmp_path):
+    world = next(text for kind, text in BLOCKS if kind == "json" and '"prompts"' in text)
+    (tmp_path / "world.json").write_text(world)
+    data = Bandit(path=str(tmp_path / "world.json")).load(0)
+    assert data.train[0].rewards == [1.0, 0.0, -1.0]
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_the_readme_says(tmp_path):
+    """All the files of the table but nonfinite.json, which only a failed run has."""
+    options = ["trainer.max_steps=2", "trainer.samples=1", "trainer.sample_tokens=4", "name=run"]
+    command = [sys.executable, "-m", "cdpo.train", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    told = {quoted(row[0])[0].rstrip("/") for row in table("What a run leaves behind")}
+    assert {path.name for path in (tmp_path / "outputs/run").iterdir()} == told - {"nonfinite.json"}
