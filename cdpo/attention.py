@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +29,18 @@ class Trees:
     sizes: list[int]  # tokens of each tree
     masks: list[Tensor]  # on CPU: [L, L] per tree, or one [trees, 1, L, L] if all trees have one size
     block_mask: Any = None  # on CUDA: flex_attention's BlockMask
+    added: dict[torch.dtype, list[Tensor]] = field(default_factory=dict)  # the masks as numbers, once per dtype
 
     @property
     def even(self) -> bool:
         """All trees have one size, so that one batched call serves them."""
         return len(set(self.sizes)) == 1
+
+    def additive(self, dtype: torch.dtype) -> list[Tensor]:
+        """The masks as 0 and -inf in the queries' dtype: boolean ones would be converted again in every layer."""
+        if dtype not in self.added:
+            self.added[dtype] = [torch.zeros_like(m, dtype=dtype).masked_fill_(~m, -torch.inf) for m in self.masks]
+        return self.added[dtype]
 
 
 def trees_of(batch: Batch) -> Trees:
@@ -93,11 +100,12 @@ def tree_attention(
         out = _compiled_flex()(query, key, value, block_mask=trees.block_mask, scale=scaling, enable_gqa=gqa)
         return out.transpose(1, 2), None
     options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": gqa}
+    masks = trees.additive(query.dtype)
     if trees.even:  # [1, h, B * L, d] -> [B, h, L, d]: one call for all trees
         q, k, v = (x[0].unflatten(1, (len(trees.sizes), -1)).transpose(0, 1) for x in (query, key, value))
-        out = scaled_dot_product_attention(q, k, v, attn_mask=trees.masks[0], **options)
+        out = scaled_dot_product_attention(q, k, v, attn_mask=masks[0], **options)
         return out.transpose(1, 2).flatten(0, 1)[None], None
-    parts = zip(*(x.split(trees.sizes, dim=2) for x in (query, key, value)), trees.masks)
+    parts = zip(*(x.split(trees.sizes, dim=2) for x in (query, key, value)), masks)
     outs = [scaled_dot_product_attention(q, k, v, attn_mask=mask, **options) for q, k, v, mask in parts]
     return torch.cat(outs, dim=2).transpose(1, 2), None
 

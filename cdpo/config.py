@@ -44,13 +44,21 @@ class Trainer:
     samples: int = 0  # generations per evaluation, written to samples.jsonl
     sample_tokens: int = 64
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None  # of torch on the CPU; null: its default, one per core
     autocast: bool = False  # matrix products in bfloat16, weights as loaded
     gradient_checkpointing: bool = False
     compile: bool = False
 
     def __post_init__(self) -> None:
         least = {"tokens_per_micro_batch": 1, "epochs": 1, "log_every": 1, "eval_every": 1, "checkpoint_every": 1}
-        least |= {"keep_checkpoints": 1, "samples": 0, "sample_tokens": 1, "batch_size": 1, "max_steps": 1}
+        least |= {
+            "keep_checkpoints": 1,
+            "samples": 0,
+            "sample_tokens": 1,
+            "batch_size": 1,
+            "max_steps": 1,
+            "threads": 1,
+        }
         for key, bound in least.items():
             if getattr(self, key) is not None and getattr(self, key) < bound:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least {bound}")

@@ -32,6 +32,7 @@ from cdpo.rows import Data
 from cdpo.tokenise import tokenise
 
 log = logging.getLogger(__name__)
+THREADS = torch.get_num_threads()  # torch's own choice, before any run of this process changed it
 
 
 def run(composed: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def run(composed: dict[str, Any], folder: Path) -> dict[str, Any]:
     """
     spec = config.read(composed)
     check(spec.constraint, lbfgs=spec.optimizer.full_batch)
+    torch.set_num_threads(spec.trainer.threads or THREADS)
     with locked(folder):
         sweep(folder)
         _same_run(composed, folder)
