@@ -20,7 +20,7 @@ from accelerate.utils import set_seed
 from cdpo import __version__, config
 from cdpo.batch import Item
 from cdpo.constraints import check
-from cdpo.engine import Run, State, fit
+from cdpo.engine import fit
 from cdpo.errors import ConfigError, DataError, Preempted
 from cdpo.files import read_json, redact, sweep, write_json
 from cdpo.lock import locked
@@ -29,6 +29,7 @@ from cdpo.preemption import Signals
 from cdpo.progress import Progress
 from cdpo.reference import Scored, add_reference, check_start, layout_for
 from cdpo.rows import Data
+from cdpo.run import Run, State
 from cdpo.tokenise import tokenise
 
 log = logging.getLogger(__name__)
@@ -65,21 +66,8 @@ def _run(spec: config.Config, composed: dict[str, Any], folder: Path, signals: S
     interruptible()
     accelerator = _accelerator(spec.trainer)
     policy = spec.model.load(tokenizer, data).to(accelerator.device)
-    check_lengths(policy, max(_longest(item) for item in train_items + held_out_items))
-    padded, reason = layout_for(policy, train_items, getattr(spec.model, "attention", "trees"))
-    log.info("layout: %s", f"padded rows ({reason})" if padded else "packed prompt trees")
-    train = Scored(train_items, padded, accelerator.device)
-    held_out = Scored(held_out_items, padded, accelerator.device)
-    for scored, name in ((train, "train"), (held_out, "eval")):
-        if scored.items:
-            _add_reference(policy, scored, spec, accelerator, folder / f"reference-{name}.safetensors", interruptible)
-    set_seed(spec.seed)
-    for constraint in spec.constraint.values():
-        policy = constraint.wrap(policy)
-    with torch.no_grad(), accelerator.autocast():
-        difference = check_start(policy, train)
-    log.info("step 0: policy equals reference (largest difference %.1e nats)", difference)
-    _prepare(policy, spec.trainer)
+    train, held_out = _scored(policy, train_items, held_out_items, spec, accelerator, folder, interruptible)
+    policy = _constrained(policy, train, spec, accelerator)
     task = Run(
         policy, tokenizer, train, held_out, spec.loss, spec.constraint, spec.optimizer, spec.trainer,
         spec.seed, folder, accelerator, signals, spec.logger, composed, rates,
@@ -108,40 +96,56 @@ def _tokens(
     return train, held_out, {"data/cut": cut / max(1, ledger.rows), "data/dropped": lost / rows}
 
 
-def _longest(item: Item) -> int:
-    return len(item.prompt) + max(map(len, item.responses)) - 1
-
-
 def _accelerator(trainer: config.Trainer) -> Accelerator:
     """A fresh accelerator: its state is global, and runs of one process must not share it. May raise ConfigError."""
     AcceleratorState._reset_state(reset_partial_state=True)
     if trainer.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("trainer.device=cuda, but torch sees no GPU here; use auto or cpu")
-    accelerator = Accelerator(mixed_precision="bf16" if trainer.autocast else "no", cpu=trainer.device == "cpu")
+    cpu = trainer.device == "cpu" or not torch.cuda.is_available()  # never MPS, which has no float64
+    accelerator = Accelerator(mixed_precision="bf16" if trainer.autocast else "no", cpu=cpu)
     if accelerator.num_processes > 1:
         raise ConfigError(f"{accelerator.num_processes} ranks were started, but a run trains on one; start one process")
     return accelerator
 
 
-def _add_reference(
-    policy: Any, scored: Scored, spec: config.Config, accelerator: Accelerator, cache: Path, interruptible: Any
-) -> None:
-    with Progress(len(scored.items), 0, f"{cache.stem}") as bar, accelerator.autocast():
+def _scored(
+    policy: Any, train_items: list[Item], held_out_items: list[Item], spec: config.Config, accelerator: Accelerator,
+    folder: Path, interruptible: Any,
+) -> tuple[Scored, Scored]:  # fmt: skip
+    """Both sets of Items with the log-probs of the reference, which is the policy before any constraint."""
+    items = train_items + held_out_items
+    check_lengths(policy, max(len(item.prompt) + len(response) - 1 for item in items for response in item.responses))
+    padded, reason = layout_for(policy, train_items, getattr(spec.model, "attention", "trees"))
+    log.info("layout: %s", f"padded rows ({reason})" if padded else "packed prompt trees")
+    train, held_out = (Scored(items, padded, accelerator.device) for items in (train_items, held_out_items))
+    for scored, name in ((train, "reference-train"), (held_out, "reference-eval")):
+        with Progress(len(scored.items), 0, name, quiet=not scored.items) as bar, accelerator.autocast():
 
-        def on_batch(done: int) -> None:
-            interruptible()
-            bar.update(done)
+            def on_batch(done: int, bar: Progress = bar) -> None:
+                interruptible()
+                bar.update(done)
 
-        add_reference(policy, scored, spec.trainer.tokens_per_micro_batch, cache, on_batch)
+            if scored.items:
+                cache = folder / f"{name}.safetensors"
+                add_reference(policy, scored, spec.trainer.tokens_per_micro_batch, cache, on_batch)
+    return train, held_out
 
 
-def _prepare(policy: Any, trainer: config.Trainer) -> None:
-    if trainer.gradient_checkpointing:
+def _constrained(policy: Any, train: Scored, spec: config.Config, accelerator: Accelerator) -> Any:
+    """The policy that is trained: wrapped by the constraints, and checked to start as the reference."""
+    set_seed(spec.seed)
+    for constraint in spec.constraint.values():
+        policy = constraint.wrap(policy)
+    with torch.no_grad(), accelerator.autocast():
+        difference = check_start(policy, train)
+    log.info("step 0: policy equals reference (largest difference %.1e nats)", difference)
+    if spec.trainer.gradient_checkpointing:
         if not getattr(policy, "supports_gradient_checkpointing", False):
             raise ConfigError("trainer.gradient_checkpointing: this model does not support it; set it to false")
         policy.gradient_checkpointing_enable({"use_reentrant": False})
-    if trainer.compile:
+    if spec.trainer.compile:
         policy.compile(dynamic=True)
+    return policy
 
 
 def _summary(task: Run, state: State, folder: Path) -> dict[str, Any]:

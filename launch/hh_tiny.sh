@@ -12,13 +12,14 @@ shift || true
 root=${OUTPUT_ROOT:-outputs}
 shared=(
   dataset=jsonl "dataset.path=$file" dataset.eval_size=0.2 dataset.max_prompt_tokens=64 dataset.max_response_tokens=96
-  "output_root=$root" trainer.tokens_per_micro_batch=8192 trainer.log_every=10 optimizer.schedule=cosine seed=0
+  "output_root=$root" trainer.tokens_per_micro_batch=8192 trainer.log_every=10
+  trainer.threads=1 optimizer.schedule=cosine seed=0
 )
 
 cdpo-train name=hh-tiny-sft "${shared[@]}" loss=sft model=tiny model.vocab_size=2048 \
   optimizer.learning_rate=3e-3 trainer.epochs=2 trainer.eval_every=1000 "$@"
 cdpo-train name=hh-tiny-gaussian "${shared[@]}" loss=gaussian model.name_or_path="$root/hh-tiny-sft/model" \
-  optimizer.learning_rate=3e-4 trainer.epochs=2 trainer.eval_every=1000 "$@"
+  optimizer.learning_rate=3e-4 trainer.epochs=1 trainer.eval_every=1000 "$@"
 
 python3 - "$root/hh-tiny-gaussian/summary.json" <<'PYTHON'
 import json

@@ -10,8 +10,8 @@ import cdpo
 PACKAGE = Path(cdpo.__file__).parent
 ABOVE_TO_BELOW = """
     errors batch files losses candidates preemption progress lock metrics logger rows records formats data worlds
-    tokenise config packing attention logps reference model tabular change constraints optim checkpoint evaluate engine
-    job train
+    tokenise config packing attention logps reference model tabular change constraints optim checkpoint evaluate
+    run engine job train
 """
 ORDER = ABOVE_TO_BELOW.split()
 

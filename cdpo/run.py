@@ -1,0 +1,133 @@
+"""What a training run is made of, what it must remember between two steps, and how it is saved and restored."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.optim import Optimizer
+
+from cdpo import checkpoint
+from cdpo.change import Change
+from cdpo.config import Trainer
+from cdpo.constraints import Constraint
+from cdpo.errors import ConfigError
+from cdpo.evaluate import reward_scale
+from cdpo.optim import Schedule
+from cdpo.packing import Plan
+from cdpo.preemption import Signals
+from cdpo.reference import Scored
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class State:
+    """What the loop itself must remember between two steps; tensors, generators and constraints are saved beside it."""
+
+    step: int = 0  # optimizer steps done
+    looked: int = -1  # the last step after which the run was looked at: evaluated if due, asked whether to stop
+    tokens: int = 0  # encoded in training so far
+    ratio_sum: float = 0.0  # of the mean log-ratio of each step, nats
+    stopped: str | None = None  # why training stopped before its last step
+    fresh: dict[str, float] = field(default_factory=dict)  # metrics of the step just done
+    last: dict[str, float] = field(default_factory=dict)  # newest value of every metric
+
+    @property
+    def baseline(self) -> float:
+        """Mean log-ratio over the pairs of all earlier steps, nats: what Logps.baseline holds."""
+        return self.ratio_sum / self.step if self.step else 0.0
+
+
+@dataclass
+class Run:
+    """One training run: a policy that starts as the reference, what it learns from, and what holds it back."""
+
+    policy: Any  # wrapped by the constraints already
+    tokenizer: Any
+    train: Scored
+    held_out: Scored
+    loss: Any
+    constraints: dict[str, Constraint]
+    optimizer: Schedule
+    trainer: Trainer
+    seed: int
+    folder: Path
+    accelerator: Accelerator
+    signals: Signals
+    logger: Any
+    composed: dict[str, Any]  # the config, for the logger's copy
+    data_rates: dict[str, float] = field(default_factory=dict)  # shares of rows cut and dropped, logged with each step
+
+    def __post_init__(self) -> None:
+        items, trainer = self.train.items, self.trainer
+        size = min(trainer.batch_size or len(items), len(items))
+        if self.optimizer.full_batch and size < len(items):
+            raise ConfigError("optimizer=lbfgs needs the full batch: set trainer.batch_size=null")
+        steps = trainer.max_steps or trainer.epochs * math.ceil(len(items) / size)
+        sizes = [item.tokens for item in items]
+        self.plan = Plan(sizes, size, steps, self.seed, trainer.tokens_per_micro_batch)
+        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ConfigError("no parameter is left to train: loosen the constraint")
+        self.optim: Optimizer = self.optimizer.build(self.parameters)
+        self.change = Change(self.policy)
+        self.beta = reward_scale(self.loss)
+        self.state = State()
+        for name, constraint in self.constraints.items():
+            watched = getattr(constraint, "metric", None)
+            if watched and not self.held_out.items:
+                raise ConfigError(f"constraint {name} watches {watched}, but no rows are held out")
+            constraint.begin(self.policy, self.change)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last step is done, or a constraint has stopped training."""
+        return self.state.step == self.plan.steps or self.state.stopped is not None
+
+    def context(self) -> dict[str, float]:
+        """The training state that a loss may read."""
+        return {"progress": self.state.step / self.plan.steps, "baseline": self.state.baseline}
+
+
+def snapshot(run: Run) -> dict[str, Any]:
+    """Everything that changes the trajectory."""
+    return {
+        "state": vars(run.state),
+        "data": run.train.fingerprint(),
+        "parameters": {name: p for name, p in run.policy.named_parameters() if p.requires_grad},
+        "optimizer": run.optim.state_dict(),
+        "constraints": {name: constraint.state_dict() for name, constraint in run.constraints.items()},
+        "rng": checkpoint.rng_state(),
+    }
+
+
+def restore(run: Run, checkpoints: Path) -> int:
+    """Put the run back to its newest checkpoint. Returns that step, or -1 where there is none.
+
+    Raises ConfigError if the checkpoint is of other data or of other parameters.
+    """
+    found = checkpoint.newest(checkpoints)
+    if found is None:
+        return -1
+    step, saved = found
+    parameters = {name: p for name, p in run.policy.named_parameters() if p.requires_grad}
+    if saved["data"] != run.train.fingerprint():
+        raise ConfigError(f"{checkpoints}: the training data or its tokens have changed since step {step}")
+    if saved["parameters"].keys() != parameters.keys():
+        raise ConfigError(f"{checkpoints}: the trained parameters have changed since step {step}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved["parameters"][name])
+    run.optim.load_state_dict(saved["optimizer"])
+    for name, constraint in run.constraints.items():
+        constraint.load_state_dict(saved["constraints"][name])
+    vars(run.state).update(saved["state"])
+    checkpoint.set_rng_state(saved["rng"])
+    log.info("resumed from step %d", step)
+    return step
