@@ -32,7 +32,7 @@ def test_a_file_has_the_keys_of_its_class_in_order(group, choice):
     known = [f.name for f in dataclasses.fields(cls) if f.init]
     given = [key for key in node if key != "_target_"]
     assert given == [name for name in known if name in given]
-    missing = set(known) - set(given)
+    missing = set(known) - set(given) - ({"learning_rate"} if choice == "adamw" else set())  # comes with the model
     assert not missing, f"{group}/{choice}.yaml does not say {missing}"
 
 
@@ -112,3 +112,18 @@ def test_run_names_are_single_safe_path_components():
     assert config.NAME.fullmatch(name[:64])
     assert "/" not in name
     assert len(name) < 120
+
+
+@pytest.mark.parametrize(
+    ("choices", "rate"),
+    [
+        (["model=tiny"], 1e-3),
+        (["model=tabular"], 3e-2),
+        (["model=gpt2"], 1e-5),
+        (["model=tiny", "optimizer=lbfgs"], 1.0),
+        (["model=gpt2", "optimizer=rmsprop"], 5e-7),
+        (["model=tiny", "optimizer=sgd", "optimizer.learning_rate=7"], 7),
+    ],
+)
+def test_the_learning_rate_suits_model_and_optimizer(choices, rate):
+    assert composed(*choices)["optimizer"]["learning_rate"] == rate
