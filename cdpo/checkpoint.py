@@ -11,7 +11,6 @@ One process writes into a folder at a time (see `cdpo.lock`); any number may rea
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import math
@@ -29,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cdpo.errors import ConfigError
-from cdpo.files import read_json, redact, remove, replacing, require_space, sweep, to_json, write_atomic
+from cdpo.files import read_json, redact, remove, replacing, require_space, sha256, sweep, to_json, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -174,11 +173,7 @@ def _faults(path: Path, step: int, thorough: bool = False) -> list[str]:
 
 def _print(path: Path) -> dict[str, Any]:
     """Fingerprint of a file, as in the manifest."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
 # ---------------------------------------------------------------------------------------------------- tree and JSON

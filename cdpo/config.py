@@ -33,7 +33,7 @@ class Trainer:
     """The loop: how long, in what portions, how often to look and to save."""
 
     batch_size: int | None = 16  # Items (prompts) per optimizer step; null: all of them
-    tokens_per_micro_batch: int = 4096  # bounds memory, never the numbers
+    tokens_per_micro_batch: int = 4096  # bounds memory; the numbers stay but for rounding, and the draws of dropout
     epochs: int = 1
     max_steps: int | None = None  # if set, replaces epochs
     max_grad_norm: float | None = 1.0  # gradient clipping; null: none
@@ -151,7 +151,9 @@ def _typed(cls: Any, hints: Mapping[str, Any], values: Mapping[str, Any], prefix
 
     checked = {}
     for key, value in values.items():
-        options = pydantic.ConfigDict(strict=not isinstance(value, list), arbitrary_types_allowed=True)
+        options = pydantic.ConfigDict(strict=True, arbitrary_types_allowed=True)
+        if isinstance(value, list) and typing.get_origin(hints[key]) is tuple:
+            value = tuple(value)
         hint = Any if _is_interface(hints[key]) or dataclasses.is_dataclass(value) else hints[key]
         try:
             checked[key] = pydantic.TypeAdapter(hint, config=options).validate_python(value)
@@ -159,7 +161,7 @@ def _typed(cls: Any, hints: Mapping[str, Any], values: Mapping[str, Any], prefix
             problem = error.errors()[0]["msg"]
             raise ConfigError(f"{prefix}{key}={value!r}: {problem[0].lower()}{problem[1:]}") from None
         except pydantic.PydanticUserError:  # a dataclass has no `config` to be given: it was built above
-            checked[key] = value
+            raise ConfigError(f"{prefix}{key}={value!r}: input should be a section with keys") from None
     return checked
 
 
@@ -186,6 +188,7 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
 def trajectory(composed: Mapping[str, Any]) -> dict[str, Any]:
     """What determines the numbers of a run: every key but the free ones, dotted."""
     keys = flat({k: v for k, v in composed.items() if k != "hydra"})
+    keys["constraint"] = list(composed["constraint"])  # several act one after another: their order counts
     return {k: v for k, v in keys.items() if not any(k == free or k.startswith(f"{free}.") for free in FREE)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -37,7 +38,7 @@ class Source(Limits):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "max_rows", "max_eval_rows", "max_chars")
-        if self.eval_size < 0 or (self.eval_size >= 1 and self.eval_size != int(self.eval_size)):
+        if not 0 <= self.eval_size < math.inf or (self.eval_size >= 1 and self.eval_size != int(self.eval_size)):
             raise ConfigError(f"dataset.eval_size={self.eval_size}: choose a share below 1, or a whole number of rows")
 
     def _policy(self, kind: str) -> str:

@@ -32,7 +32,7 @@ def fit(run: Run) -> State:
     state, checkpoints = run.state, run.folder / "checkpoints"
     saved = restore(run, checkpoints)
     metrics = MetricsFile(run.folder / "metrics.jsonl")
-    run.logger.start(run.folder, run.composed, after=metrics.truncate(saved))
+    run.logger.start(run.folder, run.composed, run.group, after=metrics.truncate(saved))
     if run.trainer.samples:
         _samples(run).truncate(saved)
     with Progress(run.plan.steps, state.step, run.folder.name) as bar:
@@ -42,6 +42,7 @@ def fit(run: Run) -> State:
             stop = run.signals.requested
             due = state.step > 0 and state.step % run.trainer.checkpoint_every == 0
             if state.step > saved and (due or stop or run.ended):
+                _check_weights(run)
                 metrics.sync()
                 checkpoint.save(checkpoints, state.step, snapshot(run), run.trainer.keep_checkpoints)
                 saved = state.step
@@ -138,8 +139,8 @@ def _not_finite(run: Run, items: list[Item], objective: float, norm: float) -> N
     write_json(path, {"step": run.state.step, "objective": str(objective), "grad_norm": str(norm), "rows": sources})
     return NumericsError(
         f"step {run.state.step}: objective {objective}, gradient norm {norm}, on rows {', '.join(sources[:5])}"
-        f"{' ...' if len(sources) > 5 else ''} (all in {path.name}). The optimizer did not step; the "
-        "last checkpoint is good. Lower optimizer.learning_rate, or look at these rows"
+        f"{' ...' if len(sources) > 5 else ''} (all in {path.name}). The optimizer did not step; an "
+        "earlier checkpoint is kept. Lower optimizer.learning_rate, or look at these rows"
     )
 
 
@@ -189,6 +190,7 @@ def _evaluate(run: Run) -> dict[str, float]:
 
 def _reports(run: Run) -> dict[str, float]:
     reports = {name: constraint.report() for name, constraint in run.constraints.items()}
+    reports |= {"all": {"trainable": run.change.trainable(), "distance": run.change.norm()}} if reports else {}
     return {f"constraint/{name}/{key}": value for name, found in reports.items() for key, value in found.items()}
 
 
@@ -211,11 +213,18 @@ def _record(run: Run, metrics: MetricsFile, row: dict[str, float], every: int = 
         return
     if "loss" in row:
         row |= run.data_rates | {"change/norm": run.change.norm()}
-        if not math.isfinite(row["change/norm"]):
-            raise NumericsError(f"after step {run.state.step} a weight is NaN or infinite; the last checkpoint is good")
     run.state.last |= row
     metrics.log({"step": run.state.step, **row})
     run.logger.log({"step": run.state.step, **row})
+
+
+def _check_weights(run: Run) -> None:
+    """Raise NumericsError rather than save weights that are NaN, or too large for their change to have a norm."""
+    if not math.isfinite(run.change.norm()):
+        raise NumericsError(
+            f"after step {run.state.step} the weights are not finite and not saved; an earlier checkpoint is kept. "
+            "Lower optimizer.learning_rate"
+        )
 
 
 def _shown(row: dict[str, float]) -> dict[str, float]:

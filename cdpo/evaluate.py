@@ -51,12 +51,15 @@ def add_statistics(means: Means, logps: Logps, statistics: Statistics) -> None:
 
 
 def correct(logps: Logps) -> Tensor:
-    """Whether each pair's margin has the sign of its preference; a tie, up to float32 rounding, counts one half. [P]"""
+    """Whether each pair's margin has the sign of its preference; a tie of either counts one half. [P]
+
+    Margins tie up to float32 rounding of the log-probs.
+    """
     margin = logps.margin().detach()
     scale = sum(side.abs() for side in logps.of_pairs(logps.policy.detach()))
     tie = margin.abs() <= 4 * torch.finfo(torch.float32).eps * scale
     right = torch.where(logps.preference < 0.5, -margin, margin) > 0
-    return torch.where(tie, 0.5, right.double())
+    return torch.where(tie | (logps.preference == 0.5), 0.5, right.double())
 
 
 def reward_scale(loss: Any) -> float:
@@ -117,7 +120,15 @@ def generations(policy: Any, tokenizer: Any, scored: Scored, count: int, tokens:
             pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
             mask = torch.ones_like(prompt)
             out = policy.generate(
-                input_ids=prompt, attention_mask=mask, max_new_tokens=tokens, do_sample=True, top_k=0, pad_token_id=pad
+                input_ids=prompt,
+                attention_mask=mask,
+                max_new_tokens=tokens,
+                pad_token_id=pad,
+                do_sample=True,  # from the policy itself, whatever the checkpoint's generation config says
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                repetition_penalty=1.0,
             )
             texts = {"prompt": tokenizer.decode(item.prompt), "response": tokenizer.decode(out[0, len(item.prompt) :])}
             yield {"source": item.source, **texts}

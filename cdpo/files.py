@@ -6,6 +6,7 @@ Knows nothing of what it writes. A file that cannot be written is a `DiskError`,
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -44,6 +45,15 @@ def read_json(path: Path) -> Any:
         return json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as fault:
         raise ValueError(f"{path}: not valid JSON ({fault})") from fault
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file's content. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def to_json(tree: Any, indent: int | None = None) -> str:

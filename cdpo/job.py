@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from accelerate.utils import set_seed
 
 from cdpo import __version__, config
 from cdpo.batch import Item
-from cdpo.constraints import check
+from cdpo.constraints import Constraint, check
+from cdpo.constraints.dropout import Dropout
 from cdpo.engine import fit
-from cdpo.errors import ConfigError, DataError, Preempted
-from cdpo.files import read_json, redact, sweep, write_json
+from cdpo.errors import ConfigError, DataError, DiskError, Preempted
+from cdpo.files import read_json, redact, sha256, sweep, write_atomic, write_json
 from cdpo.lock import locked
 from cdpo.model import check_lengths, export
 from cdpo.preemption import Signals
@@ -36,12 +37,15 @@ log = logging.getLogger(__name__)
 THREADS = torch.get_num_threads()  # torch's own choice, before any run of this process changed it
 
 
-def run(composed: dict[str, Any], folder: Path) -> dict[str, Any]:
+def run(composed: dict[str, Any], folder: Path, command: str = "", group: str | None = None) -> dict[str, Any]:
     """Train what `composed`, a resolved config, describes, in `folder`. Returns what stands in summary.json.
+
+    `command` makes this run again, `group` is the sweep it belongs to; both are only written down.
 
     Raises a CdpoError whose exit code says what kind of thing went wrong; status.json in `folder` says the same.
     """
     spec = config.read(composed)
+    _check_kinds(spec)
     check(spec.constraint, lbfgs=spec.optimizer.full_batch)
     torch.set_num_threads(spec.trainer.threads or THREADS)
     with locked(folder):
@@ -51,11 +55,15 @@ def run(composed: dict[str, Any], folder: Path) -> dict[str, Any]:
             log.info("%s is finished already; nothing to do", folder)
             return read_json(folder / "summary.json")
         write_json(folder / "config.json", composed)
+        write_json(folder / "inputs.json", _inputs(composed))
+        write_atomic(folder / "command.txt", command + "\n")
         with Signals() as signals, _status(folder, spec.logger):
-            return _run(spec, composed, folder, signals)
+            return _run(spec, composed, folder, signals, group)
 
 
-def _run(spec: config.Config, composed: dict[str, Any], folder: Path, signals: Signals) -> dict[str, Any]:
+def _run(
+    spec: config.Config, composed: dict[str, Any], folder: Path, signals: Signals, group: str | None
+) -> dict[str, Any]:
     def interruptible(*_: Any) -> None:
         if signals.requested:
             raise Preempted(f"{signals.poll()} before the first step; the same command starts again")
@@ -70,7 +78,7 @@ def _run(spec: config.Config, composed: dict[str, Any], folder: Path, signals: S
     policy = _constrained(policy, train, spec, accelerator)
     task = Run(
         policy, tokenizer, train, held_out, spec.loss, spec.constraint, spec.optimizer, spec.trainer,
-        spec.seed, folder, accelerator, signals, spec.logger, composed, rates,
+        spec.seed, folder, accelerator, signals, spec.logger, composed, group, rates,
     )  # fmt: skip
     state = fit(task)
     export(policy, tokenizer, folder / "model")
@@ -89,11 +97,14 @@ def _tokens(
         train, held_out = ([item for item in items if item.pairs] for items in (train, held_out))
     if not train:
         raise DataError("no pair is left to train on; data_report.json says where the rows went")
-    cut = ledger.notes["cut_prompts"].count + ledger.notes["cut_responses"].count
-    lost = data.ledger.rows - data.ledger.kept + ledger.rows - ledger.kept
-    rows = max(1, data.ledger.rows)
+    ledgers = (ledger, held_out_ledger)
+    lost = sum(one.rows - one.kept for one in (data.ledger, *ledgers))
+    rates = {
+        "data/cut": sum(one.notes["cut_rows"].count for one in ledgers) / sum(one.kept for one in ledgers),
+        "data/dropped": lost / data.ledger.rows,
+    }
     log.info("data: %d rows read, %d to train on, %d held out", data.ledger.rows, len(train), len(held_out))
-    return train, held_out, {"data/cut": cut / max(1, ledger.rows), "data/dropped": lost / rows}
+    return train, held_out, rates
 
 
 def _accelerator(trainer: config.Trainer) -> Accelerator:
@@ -116,6 +127,10 @@ def _scored(
     items = train_items + held_out_items
     check_lengths(policy, max(len(item.prompt) + len(response) - 1 for item in items for response in item.responses))
     padded, reason = layout_for(policy, train_items, getattr(spec.model, "attention", "trees"))
+    noisy = any(isinstance(constraint, Dropout) for constraint in spec.constraint.values())
+    if noisy and not padded and accelerator.device.type == "cuda":
+        padded, reason = True, "dropout, which packed attention on CUDA does not have"
+        policy.set_attn_implementation("sdpa")
     log.info("layout: %s", f"padded rows ({reason})" if padded else "packed prompt trees")
     train, held_out = (Scored(items, padded, accelerator.device) for items in (train_items, held_out_items))
     for scored, name in ((train, "reference-train"), (held_out, "reference-eval")):
@@ -175,8 +190,35 @@ def _state(folder: Path) -> str | None:
     return read_json(path)["state"] if path.is_file() else None
 
 
+def _check_kinds(spec: config.Config) -> None:
+    """ConfigError if a group holds something of another kind, or nothing."""
+    kinds = {"model": "load", "dataset": "load", "loss": "unit", "optimizer": "build", "logger": "start"}
+    for group, method in kinds.items():
+        if not hasattr(getattr(spec, group), method):
+            raise ConfigError(f"{group}={getattr(spec, group)!r} is no {group}: choose one of conf/{group}/")
+    for name, constraint in spec.constraint.items():
+        if not isinstance(constraint, Constraint):
+            raise ConfigError(f"constraint.{name}={constraint!r} is no constraint: choose with constraint={name}")
+
+
+def _inputs(composed: dict[str, Any]) -> dict[str, str]:
+    """Size and sha256 of the local files that a run reads: data, world, and the model's folder."""
+    named = [composed["dataset"].get(key) for key in ("path", "eval_path")] + [composed["model"].get("name_or_path")]
+    paths = [Path(name) for name in named if name]
+    files = [
+        file for path in paths for file in ([path] if path.is_file() else sorted(path.glob("*"))) if file.is_file()
+    ]
+    return {str(file): _print(file) for file in files}
+
+
+def _print(file: Path) -> str:
+    """Large files, which weights are, by size alone: before training the step-0 check looks at what they do."""
+    size = file.stat().st_size
+    return f"{size} bytes" + (f", sha256 {sha256(file)}" if size < 1 << 30 else "")
+
+
 def _same_run(composed: dict[str, Any], folder: Path) -> None:
-    """ConfigError, naming key, old and new value, if `folder` holds a run whose numbers another config made."""
+    """ConfigError if `folder` holds a run of another config or of other files; names the key, or the file."""
     path = folder / "config.json"
     if not path.is_file():
         return
@@ -187,6 +229,9 @@ def _same_run(composed: dict[str, Any], folder: Path) -> None:
                 f"{folder} holds a run with {key}={old.get(key)!r}, now it is {new.get(key)!r}: "
                 "choose another name, or go back to the old value"
             )
+    before, now = (read_json(folder / "inputs.json") if (folder / "inputs.json").is_file() else {}), _inputs(composed)
+    if changed := sorted(file for file in before.keys() | now.keys() if before and before.get(file) != now.get(file)):
+        raise ConfigError(f"{folder} holds a run of other files: {', '.join(changed)} changed; choose another name")
 
 
 @contextmanager
@@ -209,7 +254,8 @@ def _status(folder: Path, logger: Any) -> Iterator[None]:
     except BaseException as error:
         state = "preempted" if isinstance(error, Preempted) else "failed"
         cause = f"{type(error).__name__}: {error}"
-        write_json(path, {"state": state, "cause": cause, **where})
+        with suppress(DiskError):  # a full disk must not hide why the run failed
+            write_json(path, {"state": state, "cause": cause, **where})
         logger.finish(getattr(error, "exit_code", 1))
         raise
     logger.finish(0)

@@ -132,11 +132,8 @@ class Wandb:
         if hasattr(settings, "finish_timeout"):  # also bounds wandb's own exit hook; not in every version
             settings.finish_timeout = self.finish_timeout
         return wandb.init(
-            project=self.project,
-            entity=self.entity,
-            group=group,
-            job_type=self.job_type,
-            tags=self.tags,
+            **redact({"project": self.project, "entity": self.entity, "job_type": self.job_type, "tags": self.tags}),
+            group=redact(group),
             name=folder.name,
             id=run_id(folder),
             resume="allow",

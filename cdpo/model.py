@@ -6,6 +6,8 @@ they return is the reference. Constraints change it afterwards, nothing here tra
 
 from __future__ import annotations
 
+import copy
+import errno
 import logging
 import math
 from collections.abc import Iterator
@@ -14,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
 from cdpo.errors import ConfigError
+from cdpo.files import remove, replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -191,20 +195,27 @@ def check_lengths(model: PreTrainedModel, longest: int) -> None:
 def export(policy: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save as safetensors: an adapter for PeftModel.from_pretrained, or a whole model for from_pretrained.
 
-    Beside an adapter whose base was built here (no hub id, no folder) the base is saved too, under `base/`.
+    Beside an adapter whose base was built here (no hub id, no folder) the base is saved too, under `base/`; the adapter
+    names its base by absolute path unless it is a hub id. `folder` is complete or not there. Raises DiskError.
     """
-    base = policy.get_base_model() if hasattr(policy, "peft_config") else policy
-    if base is not policy and not base.config.name_or_path:
-        _save_start(policy, folder / "base")
-    policy.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    remove(folder)  # of an earlier attempt that was killed before its run was finished
+    with replacing(folder) as draft:
+        try:
+            if hasattr(policy, "peft_config"):
+                _name_base(policy, draft, folder)
+            policy.save_pretrained(draft)
+            tokenizer.save_pretrained(draft)
+        except SafetensorError as error:  # its I/O errors are no OSErrors
+            raise OSError(errno.EIO, str(error)) from error
 
 
-def _save_start(policy: Any, folder: Path) -> None:
-    """The base weights under an adapter, under their own names, and the adapter's config pointed at them."""
-    import copy
-
-    base = copy.deepcopy(policy).unload()
-    base.save_pretrained(folder)
+def _name_base(policy: Any, draft: Path, folder: Path) -> None:
+    """Tell the adapter where its base is, and save the base under its own names if nobody else has it."""
+    name = policy.get_base_model().config.name_or_path
+    if not name:
+        copy.deepcopy(policy).unload().save_pretrained(draft / "base")
+        name = str(folder.resolve() / "base")
+    elif Path(name).is_dir():
+        name = str(Path(name).resolve())
     for config in policy.peft_config.values():
-        config.base_model_name_or_path = str(folder.resolve())
+        config.base_model_name_or_path = name

@@ -13,6 +13,7 @@ from cdpo.errors import ConfigError, DataError
 
 SHOWN = 20  # row names per kind, in messages and in data_report.json
 NOTES = (  # what can befall a row besides being dropped
+    "cut_rows",  # whose prompt or some response was cut
     "cut_prompts",
     "cut_responses",
     "lost_eos",

@@ -62,6 +62,7 @@ class Run:
     signals: Signals
     logger: Any
     composed: dict[str, Any]  # the config, for the logger's copy
+    group: str | None = None  # the sweep that the run belongs to, for the logger's copy
     data_rates: dict[str, float] = field(default_factory=dict)  # shares of rows cut and dropped, logged with each step
 
     def __post_init__(self) -> None:
@@ -75,6 +76,11 @@ class Run:
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         if not self.parameters:
             raise ConfigError("no parameter is left to train: loosen the constraint")
+        if any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters):
+            log.warning(
+                "weights in 16 bits are trained: steps below 1/256 of a weight round away. "
+                "Set model.dtype=float32 trainer.autocast=true, or train a LoRA, whose factors are float32"
+            )
         self.optim: Optimizer = self.optimizer.build(self.parameters)
         self.change = Change(self.policy)
         self.beta = reward_scale(self.loss)
@@ -99,7 +105,7 @@ def snapshot(run: Run) -> dict[str, Any]:
     """Everything that changes the trajectory."""
     return {
         "state": vars(run.state),
-        "data": run.train.fingerprint(),
+        "data": [run.train.fingerprint(), run.held_out.fingerprint()],
         "parameters": {name: p for name, p in run.policy.named_parameters() if p.requires_grad},
         "optimizer": run.optim.state_dict(),
         "constraints": {name: constraint.state_dict() for name, constraint in run.constraints.items()},
@@ -117,8 +123,8 @@ def restore(run: Run, checkpoints: Path) -> int:
         return -1
     step, saved = found
     parameters = {name: p for name, p in run.policy.named_parameters() if p.requires_grad}
-    if saved["data"] != run.train.fingerprint():
-        raise ConfigError(f"{checkpoints}: the training data or its tokens have changed since step {step}")
+    if saved["data"] != [run.train.fingerprint(), run.held_out.fingerprint()]:
+        raise ConfigError(f"{checkpoints}: the data or its tokens have changed since step {step}")
     if saved["parameters"].keys() != parameters.keys():
         raise ConfigError(f"{checkpoints}: the trained parameters have changed since step {step}")
     with torch.no_grad():

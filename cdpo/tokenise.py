@@ -122,13 +122,19 @@ class _Tokeniser:
                 raise DataError(f"{row.source}: a response spells a special token of {self.name!r}; mend the row")
             if self.limits.on_special_tokens == "drop":
                 raise BadRow("special_tokens", "a response spells a special token")
+        cuts = self.cuts()
         prompt = self.cut_prompt(row, prompt)
         if not prompt or not all(answers):
             raise BadRow("empty", "no token is left of the prompt or of a response")
         answers = [self.cut_response(row, answer) for answer in answers]
         if any(answers[i] == answers[j] for i, j, *_ in row.pairs):
             raise BadRow("identical", "the responses of a pair have the same tokens")
+        if self.cuts() > cuts:
+            self.ledger.note("cut_rows", row.source)
         return Item(prompt, answers, row.pairs, row.rewards, row.source)
+
+    def cuts(self) -> int:
+        return self.ledger.notes["cut_prompts"].count + self.ledger.notes["cut_responses"].count
 
     def cut_prompt(self, row: Row, prompt: Ids) -> Ids:
         """The last tokens that fit, behind one BOS where the tokenizer wants one."""

@@ -8,7 +8,10 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
+import shutil
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ from cdpo import config
 from cdpo.errors import CdpoError, ConfigError, DiskError, Preempted
 
 log = logging.getLogger(__name__)
-OUTCOMES: list[tuple[Path, BaseException | None]] = []  # every run of this process, and what ended it
+OUTCOMES: list[tuple[Path, str, int]] = []  # every run of this process: directory, what ended it, exit code
 
 
 def _choices(root: Any) -> dict[str, Any]:
@@ -48,12 +51,12 @@ def _run_name(*, _root_: DictConfig) -> str:
 
 def _run_dir(*, _root_: DictConfig) -> str:
     config.check_name(_root_.name)  # before Hydra makes the directory
-    return str(Path(_root_.output_root) / (_root_.name or _run_name(_root_=_root_)))
+    return str(Path(str(_root_.output_root)) / str(_root_.name or _run_name(_root_=_root_)))
 
 
 def _sweep_dir(*, _root_: DictConfig) -> str:
     config.check_name(_root_.name)
-    return str(Path(_root_.output_root, *([_root_.name] if _root_.name else [])))
+    return str(Path(str(_root_.output_root), *([str(_root_.name)] if _root_.name else [])))
 
 
 for _name, _resolver in {"run_name": _run_name, "run_dir": _run_dir, "sweep_dir": _sweep_dir}.items():
@@ -64,22 +67,27 @@ for _name, _resolver in {"run_name": _run_name, "run_dir": _run_dir, "sweep_dir"
 def _job(cfg: DictConfig) -> None:
     """One job of Hydra: alone, or one of a sweep."""
     settings = HydraConfig.get()
-    folder = Path(settings.runtime.output_dir)
-    if any(isinstance(error, Preempted) for _, error in OUTCOMES):
+    folder, sweep = Path(settings.runtime.output_dir), settings.mode == RunMode.MULTIRUN
+    overrides = list(settings.overrides.task)
+    if any(code == Preempted.exit_code for _, _, code in OUTCOMES):
         raise Preempted("the sweep was asked to stop")
     try:
         composed: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        _only_from_the_command_line(composed, list(settings.overrides.task))
+        _only_from_the_command_line(composed, overrides)
         _quiet_libraries()
         from cdpo.job import run
 
-        summary = run(composed, folder)
-    except BaseException as error:
-        OUTCOMES.append((folder, error))
-        if settings.mode == RunMode.MULTIRUN and isinstance(error, CdpoError):
-            log.error("%s failed: %s", folder.name, error)
-        raise
-    OUTCOMES.append((folder, None))
+        group = Path(settings.sweep.dir).resolve().name if sweep else None
+        summary = run(composed, folder, shlex.join(["cdpo-train", *overrides]), group)
+    except Exception as error:
+        # not the exception itself: its traceback would keep the model in memory through the rest of a sweep
+        OUTCOMES.append((folder, f"{type(error).__name__}: {error}", getattr(error, "exit_code", 1)))
+        if not any(path.name != "train.log" for path in folder.iterdir()):
+            shutil.rmtree(folder)  # nothing was begun
+        elif not isinstance(error, CdpoError):
+            log.error("%s", "".join(traceback.format_exception(error)))
+        raise error.with_traceback(None) if sweep else error  # noqa: B904
+    OUTCOMES.append((folder, "done", 0))
     _show(summary, folder)
 
 
@@ -142,8 +150,10 @@ def _explain(error: Exception, quiet: bool) -> int:
         message, code = str(error), error.exit_code
     elif isinstance(error, (HydraException, OmegaConfBaseException)):
         message, code = _composition(error), ConfigError.exit_code
-    elif isinstance(error, OSError) and error.errno == 28:  # no space left on device
+    elif isinstance(error, OSError):
         message, code = str(error), DiskError.exit_code
+    elif not OUTCOMES:  # no run was begun: Hydra could not compose
+        message, code = str(error), ConfigError.exit_code
     else:
         message, code = f"{type(error).__name__}: {error} (CDPO_DEBUG=1 shows the traceback)", 1
     if not quiet:
@@ -170,14 +180,12 @@ def _composition(error: Exception) -> str:
 
 
 def _sweep_table() -> int:
-    """One line per run; returns 0 if all are done, else 1."""
+    """One line per run; returns 0 if all are done, 75 if the sweep was asked to stop, else 1."""
     from cdpo.progress import summary_table
 
-    rows = {
-        folder.name: "done" if error is None else f"{type(error).__name__}: {error}"[:100] for folder, error in OUTCOMES
-    }
-    summary_table(rows, title=f"{len(rows)} runs")
-    return int(any(error is not None for _, error in OUTCOMES))
+    summary_table({folder.name: ending[:100] for folder, ending, _ in OUTCOMES}, title=f"{len(OUTCOMES)} runs")
+    failures = {code for _, _, code in OUTCOMES if code}
+    return Preempted.exit_code if failures == {Preempted.exit_code} else int(bool(failures))
 
 
 if __name__ == "__main__":

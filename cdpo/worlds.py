@@ -128,10 +128,11 @@ class Bandit(Limits):
         rewards, k = world.rewards[x], len(world.rewards[x])
         mass = world.reference[x] if self.sampling == "reference" else [1 / k] * k
         best_first = sorted(range(k), key=lambda i: -rewards[i])
-        return [
+        pairs = [
             Pair(i, j, sigmoid(rewards[i] - rewards[j]), 2 * mass[i] * mass[j] / len(world.prompts))
             for i, j in itertools.combinations(best_first, 2)
         ]
+        return [pair for pair in pairs if pair.weight > 0]  # what underflows is never sampled
 
     def _rows(self, world: World, pairs: list[list[Pair]]) -> list[Row]:
         name = Path(self.path).name if self.path else "bandit"

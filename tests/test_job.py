@@ -228,7 +228,7 @@ def test_nan_stops_the_run_before_the_optimizer_steps(where, tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "_gradient", poisoned)
-        with pytest.raises(NumericsError, match=r"bandit:\d|a weight is NaN") as error:
+        with pytest.raises(NumericsError, match=r"bandit:\d|weights are not finite") as error:
             job.run(settings, tmp_path / "run")
     assert error.value.exit_code == 4
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
@@ -275,7 +275,7 @@ def test_changed_data_is_refused_on_resume(tmp_path, monkeypatch):
         with pytest.raises(Preempted):
             job.run(settings, tmp_path / "run")
     path.write_text(json.dumps(world | {"rewards": [[1.0, 0.5]]}))
-    with pytest.raises(ConfigError, match="training data"):
+    with pytest.raises(ConfigError, match="the data or its tokens"):
         job.run(settings, tmp_path / "run")
 
 
@@ -373,3 +373,81 @@ def test_logged_rewards_are_beta_times_the_log_ratio(loss, scale, tmp_path):
     first = rows(tmp_path / "run")[0]
     moved = last["eval/logps/chosen"] - first["eval/logps/chosen"]
     assert last["eval/rewards/chosen"] == pytest.approx(scale * moved, rel=1e-5)
+
+
+def jsonl(path: Path, count: int, chosen: str = "yes") -> Path:
+    rows = [{"prompt": f"question {i}", "chosen": f"{chosen} {i}", "rejected": "no"} for i in range(count)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+OWN = [s for s in SMALL if "dataset." not in s]
+
+
+@pytest.mark.parametrize(("steps", "every"), [(1, 10), (3, 1)])
+def test_destroyed_weights_are_never_saved_and_never_called_finished(steps, every, tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", 4)
+    settings = composed(*OWN, "dataset=jsonl", f"dataset.path={path}", "dataset.eval_size=0", "optimizer=sgd",
+                        "optimizer.learning_rate=1e38", "trainer.max_grad_norm=null", "trainer.log_every=10",
+                        f"trainer.max_steps={steps}", f"trainer.checkpoint_every={every}")  # fmt: skip
+    with pytest.raises(NumericsError, match="not finite and not saved"):
+        job.run(settings, tmp_path / "run")
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints") is None
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_files_edited_after_the_run_are_named(tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", 6)
+    settings = composed(*OWN, "dataset=jsonl", f"dataset.path={path}", "dataset.eval_size=0")
+    job.run(settings, tmp_path / "run")
+    job.run(settings, tmp_path / "run")
+    jsonl(path, 6, chosen="well")
+    with pytest.raises(ConfigError, match=r"rows\.jsonl changed"):
+        job.run(settings, tmp_path / "run")
+
+
+def test_cut_and_dropped_are_shares_of_rows(tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", 10)
+    settings = composed(*OWN, "dataset=jsonl", f"dataset.path={path}", "dataset.max_prompt_tokens=2",
+                        "dataset.max_response_tokens=2", "dataset.eval_size=0")  # fmt: skip
+    job.run(settings, tmp_path / "run")
+    assert rows(tmp_path / "run")[0]["data/cut"] == 1.0  # of every row the prompt and both responses are cut
+    assert rows(tmp_path / "run")[0]["data/dropped"] == 0.0
+
+
+def test_pairs_that_are_never_sampled_do_no_harm(tmp_path):
+    world = {"prompts": ["x ", "y "], "responses": ["a", "b"], "rewards": [[1.0, 0.0], [0.0, 1.0]],
+             "reference_logits": [[0, -2000], [0, 0]]}  # fmt: skip
+    (tmp_path / "world.json").write_text(json.dumps(world))
+    path = f"dataset.path={tmp_path}/world.json"
+    summary = job.run(
+        composed("logger=none", "model=tabular", path, "trainer.batch_size=1", "trainer.max_steps=4"), tmp_path / "run"
+    )
+    assert summary["state"] == "finished"
+
+
+def test_training_16_bit_weights_is_warned_about(tmp_path, caplog):
+    job.run(composed(*SMALL, "model.dtype=bfloat16"), tmp_path / "whole")
+    assert "weights in 16 bits" in caplog.text
+    caplog.clear()
+    job.run(composed(*SMALL, "model.dtype=bfloat16", "constraint=lora_r2"), tmp_path / "lora")
+    assert "weights in 16 bits" not in caplog.text  # the factors are float32
+
+
+def test_an_adapter_names_a_local_base_by_absolute_path(gpt2, tmp_path, monkeypatch):
+    monkeypatch.chdir(gpt2.parent)
+    job.run(
+        composed(*OWN[:1], *OWN[3:], "model=hf", f"model.name_or_path={gpt2.name}", "constraint=lora_r2"),
+        tmp_path / "run",
+    )
+    config_ = json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())
+    assert config_["base_model_name_or_path"] == str(gpt2.resolve())
+
+
+def test_no_secret_reaches_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_TOKEN", "abcd1234secret")
+    settings = composed(*SMALL, "logger=wandb", "logger.mode=offline", "logger.tags=[abcd1234secret]")
+    job.run(settings, tmp_path / "run", command="cdpo-train logger.tags=[abcd1234secret]")
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    assert not [path for path in files if b"abcd1234secret" in path.read_bytes()]

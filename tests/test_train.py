@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -24,11 +25,16 @@ def cdpo_train(tmp_path, monkeypatch, capsys):
     def run(*arguments: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["cdpo-train", *arguments, f"output_root={tmp_path}/out"])
         monkeypatch.setattr(train, "OUTCOMES", [])
+        before = set(logging.getLogger().handlers)
         try:
             train.main()
             code = 0
         except SystemExit as exit_:
             code = int(exit_.code or 0)
+        for handler in set(logging.getLogger().handlers) - before:
+            logging.getLogger().removeHandler(
+                handler
+            )  # Hydra's: a directory that may be gone, a stream that is captured
         captured = capsys.readouterr()
         return code, captured.err + captured.out
 
@@ -182,3 +188,43 @@ def test_a_second_launch_in_the_same_directory_is_refused(tmp_path):
     process.wait()
     assert other.returncode == 2
     assert f"pid {process.pid}" in text
+
+
+@pytest.mark.parametrize("group", ["model", "dataset", "loss", "optimizer", "logger", "constraint", "trainer"])
+def test_an_empty_group_is_a_config_error(cdpo_train, group):
+    code, text = cdpo_train(f"{group}=null")
+    assert code == 2, text
+
+
+@pytest.mark.parametrize("override", ["+constraint.foo=3", "early_stop_kl.kl=nan", "name=123"])
+def test_odd_values_end_in_a_sentence(cdpo_train, override):
+    if override.startswith("early"):
+        code, text = cdpo_train(*QUICK, "constraint=early_stop_kl", "constraint." + override)
+    else:
+        code, text = cdpo_train(*QUICK, override)
+    assert code == 2, text
+
+
+def test_failed_runs_of_a_sweep_leave_no_model_in_memory(cdpo_train):
+    import gc
+
+    from cdpo.tabular import TabularForCausalLM
+
+    cdpo_train("-m", *QUICK, "optimizer=sgd", "optimizer.learning_rate=1e300", "seed=0,1,2")
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, TabularForCausalLM)]
+
+
+def test_a_refused_launch_leaves_the_run_as_it_was(cdpo_train, tmp_path):
+    assert cdpo_train(*QUICK, "name=kept")[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out" / "kept").rglob("*.json")}
+    command = (tmp_path / "out" / "kept" / "command.txt").read_text()
+    assert cdpo_train(*QUICK, "name=kept", "loss=ipo")[0] == 2
+    assert {path: path.read_bytes() for path in (tmp_path / "out" / "kept").rglob("*.json")} == before
+    assert command.startswith("cdpo-train logger=none model=tabular")
+    assert (tmp_path / "out" / "kept" / "command.txt").read_text() == command
+
+
+def test_a_config_error_leaves_no_empty_directory(cdpo_train, tmp_path):
+    assert cdpo_train(*QUICK, "loss.beta=-1")[0] == 2
+    assert not list((tmp_path / "out").glob("*"))

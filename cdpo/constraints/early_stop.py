@@ -42,11 +42,11 @@ class EarlyStop(Constraint):
             raise ValueError(f"metric={self.metric!r}; choose a held-out metric, which starts with eval/")
         if self.patience < 1:
             raise ValueError(f"patience={self.patience}; choose at least 1")
-        if self.min_delta < 0:
+        if not 0 <= self.min_delta < math.inf:
             raise ValueError(f"min_delta={self.min_delta}; choose 0 or more")
         if self.mode not in ("min", "max"):
             raise ValueError(f"mode={self.mode!r}; choose min or max")
-        if self.kl is not None and self.kl <= 0:
+        if self.kl is not None and not 0 < self.kl < math.inf:
             raise ValueError(f"kl={self.kl}; choose a positive limit")
         self.best = math.inf if self.mode == "min" else -math.inf
 

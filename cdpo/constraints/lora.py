@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
@@ -11,6 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from cdpo.constraints import Constraint
 from cdpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cdpo.change import Change
 
 
 @dataclass
@@ -31,7 +36,7 @@ class LoRA(Constraint):
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank={self.rank}; choose at least 1, or constraint=none")
-        if self.alpha is not None and self.alpha <= 0:
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha={self.alpha}; choose a positive alpha, or null for 2 * rank")
         if self.alpha is None and self.rslora:
             raise ValueError("rslora compares ranks at one alpha, and alpha=null grows with the rank; set alpha")
@@ -62,6 +67,14 @@ class LoRA(Constraint):
             return get_peft_model(model, config)
         except ValueError as error:
             raise ConfigError(f"target_modules={self.target_modules!r}: {error}") from error
+
+    def begin(self, model: nn.Module, change: Change) -> None:
+        self.change = change
+
+    def report(self) -> dict[str, float]:
+        """`binds` is 1 where some adapted weight uses its rank in full, by the entropy of its singular values."""
+        rank = self.change.effective_rank()
+        return {"binds": float(rank > self.rank - 0.5), "rank": self.rank, "effective_rank": rank}
 
     def _targets(self, model: PreTrainedModel) -> str | list[str]:
         """What peft is asked to adapt: its "all-linear" never finds an embedding."""
