@@ -260,7 +260,7 @@ def test_a_changed_trajectory_key_is_refused_and_a_free_one_is_not(tmp_path, mon
             job.run(settings, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"loss\.beta=0\.1, now it is 0\.2"):
         job.run(composed(*SMALL, "loss.beta=0.2"), tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"constraint\.l2_ball"):
+    with pytest.raises(ConfigError, match=r"constraint=\[\], now it is \['l2_ball'\]"):
         job.run(composed(*SMALL, "constraint=l2_ball"), tmp_path / "run")
     job.run(composed(*SMALL, "trainer.checkpoint_every=2"), tmp_path / "run")
 
@@ -275,6 +275,9 @@ def test_changed_data_is_refused_on_resume(tmp_path, monkeypatch):
         with pytest.raises(Preempted):
             job.run(settings, tmp_path / "run")
     path.write_text(json.dumps(world | {"rewards": [[1.0, 0.5]]}))
+    with pytest.raises(ConfigError, match=r"world\.json changed"):
+        job.run(settings, tmp_path / "run")
+    (tmp_path / "run" / "inputs.json").unlink()  # the checkpoint knows its data by itself
     with pytest.raises(ConfigError, match="the data or its tokens"):
         job.run(settings, tmp_path / "run")
 

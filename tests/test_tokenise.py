@@ -118,6 +118,7 @@ def test_prompts_lose_their_beginning_and_responses_their_end(tokenizer):
     assert items[0].prompt == bos + ids[len(ids) - 6 + len(bos) :]
     assert items[0].responses == [raw(tokenizer, chosen)[:5], [*raw(tokenizer, rejected), EOS]]
     assert {kind: t.count for kind, t in ledger.notes.items() if t.count and kind != "boundary_mismatches"} == {
+        "cut_rows": 1,
         "cut_prompts": 1,
         "cut_responses": 1,
         "lost_eos": 1,
