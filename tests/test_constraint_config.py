@@ -186,3 +186,9 @@ def test_lbfgs_takes_what_keeps_the_objective_fixed():
     smooth = {"bias_only", "early_stop", "early_stop_kl", "early_stop_metric", "freeze", "freeze_embeddings"}
     assert allowed == smooth | {name for name in CHOICES if name.startswith("lora_")}
     assert LoRA(rank=1, dropout=0.1).not_with_lbfgs
+
+
+@pytest.mark.parametrize("unused", [{"patience": 5}, {"min_delta": 0.1}, {"mode": "max"}])
+def test_early_stop_refuses_what_only_a_metric_uses(unused):
+    with pytest.raises(ValueError, match="belong to metric"):
+        EarlyStop(step=5, **unused)

@@ -40,6 +40,8 @@ class EarlyStop(Constraint):
             raise ValueError(f"step={self.step}; choose at least 1")
         if self.metric is not None and not self.metric.startswith("eval/"):
             raise ValueError(f"metric={self.metric!r}; choose a held-out metric, which starts with eval/")
+        if self.metric is None and (self.patience, self.min_delta, self.mode) != (3, 0.0, "min"):
+            raise ValueError("patience, min_delta and mode belong to metric; set metric, such as eval/loss")
         if self.patience < 1:
             raise ValueError(f"patience={self.patience}; choose at least 1")
         if not 0 <= self.min_delta < math.inf:
