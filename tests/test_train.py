@@ -237,3 +237,12 @@ def test_a_refused_launch_leaves_the_run_as_it_was(cdpo_train, tmp_path):
 def test_a_config_error_leaves_no_empty_directory(cdpo_train, tmp_path):
     assert cdpo_train(*QUICK, "loss.beta=-1")[0] == 2
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_help_names_every_group_and_choice(cdpo_train):
+    code, text = cdpo_train("--help")
+    words = set(text.replace("=", " ").replace(",", " ").split())
+    shipped = {path.stem for path in train.config.CONF.glob("*/*.yaml") if path.parent.name != "hydra"}
+    assert code == 0
+    assert shipped <= words
+    assert {"model", "dataset", "loss", "constraint", "optimizer", "logger"} <= words
