@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,14 +21,31 @@ if TYPE_CHECKING:
 NAME = "cdpo_trees"  # as transformers knows it
 
 
-@dataclass(frozen=True)
 class Trees:
-    """What attention must know of a packed row: the trees' sizes, and which token sees which."""
+    """What attention must know of a packed row: the trees' sizes, and which token sees which.
 
-    sizes: list[int]  # tokens of each tree
-    masks: list[Tensor]  # on CPU: [L, L] per tree, or one [trees, 1, L, L] if all trees have one size
-    block_mask: Any = None  # on CUDA: flex_attention's BlockMask
-    added: dict[torch.dtype, list[Tensor]] = field(default_factory=dict)  # the masks as numbers, once per dtype
+    Worked out when the first layer asks, and kept for the others; a model without attention never does.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self._tree, self._branch, self._count = batch.tree[0], batch.branch[0], len(batch.sources)
+        self._added: dict[torch.dtype, list[Tensor]] = {}  # the masks as numbers, once per dtype
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Tokens of each tree."""
+        return torch.bincount(self._tree, minlength=self._count).tolist()
+
+    @cached_property
+    def masks(self) -> list[Tensor]:
+        """On CPU: [L, L] per tree, or one [trees, 1, L, L] if all trees have one size."""
+        masks = [_mask(part) for part in self._branch.split(self.sizes)]
+        return [torch.stack(masks)[:, None]] if self.even else masks
+
+    @cached_property
+    def block_mask(self) -> Any:
+        """On CUDA: flex_attention's BlockMask, else None."""
+        return _block_mask(self._tree, self._branch) if self._tree.is_cuda else None
 
     @property
     def even(self) -> bool:
@@ -38,19 +54,9 @@ class Trees:
 
     def additive(self, dtype: torch.dtype) -> list[Tensor]:
         """The masks as 0 and -inf in the queries' dtype: boolean ones would be converted again in every layer."""
-        if dtype not in self.added:
-            self.added[dtype] = [torch.zeros_like(m, dtype=dtype).masked_fill_(~m, -torch.inf) for m in self.masks]
-        return self.added[dtype]
-
-
-def trees_of(batch: Batch) -> Trees:
-    """The layout of a packed batch; built once and used by every layer."""
-    tree, branch = batch.tree[0], batch.branch[0]
-    sizes = torch.bincount(tree, minlength=len(batch.sources)).tolist()
-    if tree.is_cuda:
-        return Trees(sizes, [], _block_mask(tree, branch))
-    masks = [_mask(part) for part in branch.split(sizes)]
-    return Trees(sizes, [torch.stack(masks)[:, None]] if len(set(sizes)) == 1 else masks)
+        if dtype not in self._added:
+            self._added[dtype] = [torch.zeros_like(m, dtype=dtype).masked_fill_(~m, -torch.inf) for m in self.masks]
+        return self._added[dtype]
 
 
 def _mask(branch: Tensor) -> Tensor:

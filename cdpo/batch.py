@@ -33,6 +33,7 @@ class Item:
     pairs: list[Pair]  # indices into responses
     rewards: list[float] | None = None  # [K] true rewards, where the data set knows them
     source: str = ""  # where it came from, "data.jsonl:4", for messages
+    fitted: list[float] | None = None  # [K] rewards fitted to the pairs, for a loss that asks for them
 
     @property
     def tokens(self) -> int:
@@ -59,6 +60,7 @@ class Batch:
     reference: Tensor  # [S]; summed reference log-probs, nats
     item: Tensor  # [S]; index of the Item within the batch
     rewards: Tensor | None  # [S]
+    fitted: Tensor | None  # [S]
     pairs: Tensor  # [P, 2]; winner and loser, as indices of responses
     preference: Tensor  # [P]
     weight: Tensor  # [P]
@@ -93,7 +95,8 @@ class Logps:
     pairs: Tensor  # [P, 2]
     preference: Tensor  # [P]; p in [0, 1]
     weight: Tensor  # [P]
-    rewards: Tensor | None = None  # [S]
+    rewards: Tensor | None = None  # [S]; true rewards, where known
+    fitted: Tensor | None = None  # [S]; rewards fitted to the pairs
     progress: float = 0.0  # share of the training steps done, in [0, 1)
     baseline: float = 0.0  # mean log-ratio over all responses of all pairs seen in earlier steps, nats
     sources: tuple[str, ...] = field(default=())  # [I]; names of the Items, for messages
@@ -111,6 +114,12 @@ class Logps:
         """Log-ratio of the winner minus log-ratio of the loser, nats. [P]"""
         winner, loser = self.of_pairs(self.log_ratio())
         return winner - loser
+
+    def chosen_first(self) -> Logps:
+        """Every pair turned so that its winner is preferred with p >= 1/2; where p is 1/2 the order is the data's."""
+        flip = self.preference < 0.5
+        pairs = torch.where(flip[:, None], self.pairs.flip(1), self.pairs)
+        return replace(self, pairs=pairs, preference=torch.where(flip, 1 - self.preference, self.preference))
 
     def swapped(self) -> Logps:
         """Winner and loser exchanged, preference p -> 1 - p."""

@@ -29,12 +29,18 @@ def log_softmax_by_item(values: Tensor, item: Tensor, items: int) -> Tensor:
     return shifted - sum_by_item(shifted.exp(), item, items).log()[item]
 
 
+def candidate_log_ratio(logps: Logps) -> Tensor:
+    """log pi(k) - log pi_ref(k), both renormalised on each Item's candidates, nats. [S]"""
+    items = count_items(logps)
+    policy, reference = (log_softmax_by_item(one, logps.item, items) for one in (logps.policy, logps.reference))
+    return policy - reference
+
+
 def candidate_kl(logps: Logps) -> Tensor:
     """KL(policy || reference) in nats, both renormalised on each Item's candidates; exact, differentiable. [I]
 
     sum_k pi(k) (log pi(k) - log ref(k)). On the K = 2 responses of a pair it is the KL between two coins.
     """
     items = count_items(logps)
-    policy = log_softmax_by_item(logps.policy, logps.item, items)
-    reference = log_softmax_by_item(logps.reference, logps.item, items)
+    policy, reference = (log_softmax_by_item(one, logps.item, items) for one in (logps.policy, logps.reference))
     return sum_by_item(policy.exp() * (policy - reference), logps.item, items)

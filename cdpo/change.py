@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from cdpo.distributed import whole
 from cdpo.errors import ConfigError
 
 
@@ -112,14 +114,14 @@ class Change:
     def deltas(self) -> Iterator[tuple[str, Tensor]]:
         """(name, theta - theta_0) of every weight that can change, adapted ones in full size; float32 or better."""
         for name, parameter, start in self.plain():
-            yield name, _wide(parameter) - _wide(start)
+            yield name, whole(_wide(parameter) - _wide(start))
         for name, layer in self.adapted.items():
             yield name, _delta(layer)
 
     @torch.no_grad()
     def _cores(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter, start in self.plain():
-            yield name, _wide(parameter) - _wide(start)
+            yield name, whole(_wide(parameter) - _wide(start))
         for name, layer in self.adapted.items():
             yield name, _core(layer)
 
@@ -146,6 +148,28 @@ class Change:
         ranks = [_effective_rank(core).flatten().double() for _, core in self._cores() if core.ndim >= 2]
         changed = torch.cat([rank[rank > 0] for rank in ranks]) if ranks else torch.empty(0)
         return float(changed.mean()) if len(changed) else 0.0
+
+    @contextmanager
+    def at_start(self) -> Iterator[None]:
+        """Within the block the policy is the reference, bit for bit: its changed weights are put aside."""
+        kept = [(parameter, start, parameter.detach().clone()) for _, parameter, start in self.plain()]
+        adapters = [layer for layer in self.adapted.values() if not layer.disable_adapters]
+        trained = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
+        try:
+            for layer in adapters:
+                layer.enable_adapters(False)
+            with torch.no_grad():
+                for parameter, start, _ in kept:
+                    parameter.copy_(start)
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, _, changed in kept:
+                    parameter.copy_(changed)
+            for layer in adapters:
+                layer.enable_adapters(True)  # which makes all its factors trainable
+            for parameter in self.model.parameters():
+                parameter.requires_grad_(id(parameter) in trained)
 
     @torch.no_grad()
     def scale(self, share: Mapping[str, float]) -> None:

@@ -93,6 +93,11 @@ def newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
     return None
 
 
+def latest_step(folder: Path) -> int:
+    """The step of the newest checkpoint, whole or not; -1 if there is none."""
+    return max((found.step for found in _found(Path(folder))), default=-1)
+
+
 def _found(folder: Path) -> list[Found]:
     """All checkpoints in a folder, newest first, whole or not."""
     named = ((_NAME.fullmatch(path.name), path) for path in folder.glob("checkpoint-*"))

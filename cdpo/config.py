@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import math
 import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +26,10 @@ HERE = Path(__file__).resolve().parent
 CONF = next(p for p in (HERE / "conf", HERE.parent / "conf") if (p / "config.yaml").is_file())  # wheel, or checkout
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # what may change between two launches of one run, because the numbers do not depend on it
-FREE = ("name", "output_root", "logger", "trainer.log_every", "trainer.checkpoint_every", "trainer.keep_checkpoints")
+FREE = (
+    "name", "output_root", "cache_dir", "logger", "dry_run",
+    "trainer.log_every", "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.distributed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Trainer:
     samples: int = 0  # generations per evaluation, written to samples.jsonl
     sample_tokens: int = 64
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    distributed: Literal["none", "ddp", "fsdp"] = "none"  # one process; or several, which hold all weights, or shards
     threads: int | None = None  # of torch on the CPU; null: its default, one per core
     autocast: bool = False  # matrix products in bfloat16, weights as loaded
     gradient_checkpointing: bool = False
@@ -65,6 +70,14 @@ class Trainer:
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm={self.max_grad_norm} must be positive, or null for no clipping")
 
+    def size(self, items: int) -> int:
+        """Items per step, of so many."""
+        return min(self.batch_size or items, items)
+
+    def steps(self, items: int) -> int:
+        """Optimizer steps of the whole run."""
+        return self.max_steps or self.epochs * math.ceil(items / self.size(items))
+
 
 @dataclass(frozen=True)
 class Config:
@@ -77,15 +90,29 @@ class Config:
     optimizer: Any
     trainer: Trainer
     logger: Any
+    beta: float = 0.1  # of J, and of every loss whose file says so
     seed: int = 0
+    restart: int = 0
+    task: Any = None
     name: str | None = None
     output_root: str = "outputs"
+    dry_run: bool = False  # acted on by the command line
+    cache_dir: str | None = None
     allow_targets: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_name(self.name)
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta={self.beta} must be a finite number above 0")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed={self.seed} must lie in [0, 2**31)")
+        if not 0 <= self.restart < 1000:
+            raise ValueError(f"restart={self.restart} must lie in [0, 1000)")
+
+    @property
+    def draw(self) -> int:
+        """Seed of everything random but the data: a restart draws it anew."""
+        return (self.seed + 1_000_003 * self.restart) % 2**31
 
 
 def check_name(name: Any) -> None:
@@ -204,6 +231,7 @@ def run_name(composed: Mapping[str, Any], choices: Mapping[str, Any]) -> str:
     A `name` given by the user replaces the readable part in a sweep, and the whole in a single run.
     """
     constraints = "+".join(composed["constraint"]) or "none"
-    parts = [choices.get("dataset"), choices.get("model"), choices.get("loss"), constraints, f"s{composed['seed']}"]
+    draw = f"s{composed['seed']}" + (f"r{composed['restart']}" if composed["restart"] else "")
+    parts = [choices.get("dataset"), choices.get("model"), choices.get("loss"), constraints, draw]
     slug = re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(map(str, parts)))
     return f"{slug[:100]}-{digest(composed)}"

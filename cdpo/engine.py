@@ -12,16 +12,28 @@ import torch
 from torch import Tensor
 
 from cdpo import checkpoint
-from cdpo.batch import Batch, Item
+from cdpo.batch import Batch, Item, Logps
+from cdpo.distributed import whole
 from cdpo.errors import NumericsError, Preempted
-from cdpo.evaluate import add_pair_metrics, add_statistics, evaluate, generations, unit_weight
-from cdpo.files import write_json
+from cdpo.evaluate import (
+    Evaluation,
+    add_log_ratio,
+    add_pair_metrics,
+    add_statistics,
+    evaluate,
+    generations,
+    sampled_kl,
+    unit_weight,
+)
+from cdpo.files import write_csv, write_json
 from cdpo.logps import Statistics, score, score_with_statistics
 from cdpo.losses import per_unit
 from cdpo.metrics import Means, MetricsFile
-from cdpo.progress import Progress
-from cdpo.reference import with_constants
+from cdpo.progress import Heartbeat, Progress
+from cdpo.reference import Scored, with_constants
 from cdpo.run import Run, State, restore, snapshot
+
+SAMPLES, HISTOGRAMS, CHECKPOINTS = "samples.jsonl", "histograms.jsonl", "checkpoints"
 
 
 def fit(run: Run) -> State:
@@ -29,31 +41,51 @@ def fit(run: Run) -> State:
 
     Raises NumericsError before a step with NaN or infinity is taken, Preempted after a signal, once the run is saved.
     """
-    state, checkpoints = run.state, run.folder / "checkpoints"
-    saved = restore(run, checkpoints)
-    metrics = MetricsFile(run.folder / "metrics.jsonl")
-    run.logger.start(run.folder, run.composed, run.group, after=metrics.truncate(saved))
-    if run.trainer.samples:
-        _samples(run).truncate(saved)
-    with Progress(run.plan.steps, state.step, run.folder.name) as bar:
+    state = run.state
+    saved = restore(run, run.folder / CHECKPOINTS)
+    metrics = _files(run, saved) if run.ranks.first else None
+    heartbeat = Heartbeat(run.folder / "progress.json", run.plan.steps, state.step)
+    with Progress(run.plan.steps, state.step, run.folder.name, quiet=metrics is None) as bar:
         while True:
             if state.looked < state.step:
                 _look(run, metrics)
-            stop = run.signals.requested
+            stop = run.ranks.agreed(run.signals.poll())
             due = state.step > 0 and state.step % run.trainer.checkpoint_every == 0
             if state.step > saved and (due or stop or run.ended):
-                _check_weights(run)
-                metrics.sync()
-                checkpoint.save(checkpoints, state.step, snapshot(run), run.trainer.keep_checkpoints)
+                _save(run, metrics)
                 saved = state.step
             if stop:
-                raise Preempted(f"{run.signals.poll()} after step {state.step}; the same command goes on from there")
+                raise Preempted(f"{stop} after step {state.step}; the same command goes on from there", stop)
             if run.ended:
-                metrics.close()
                 return state
             _step(run)
             _record(run, metrics, state.fresh, every=run.trainer.log_every)
+            if metrics is not None:
+                heartbeat.beat(state.step)
             bar.update(state.step, **_shown(state.fresh))
+
+
+def _files(run: Run, saved: int) -> MetricsFile:
+    """metrics.jsonl as it was at step `saved`; the other files, and the logger's copy, likewise. On rank 0 only."""
+    metrics = MetricsFile(run.folder / "metrics.jsonl")
+    run.logger.start(run.folder, run.composed, run.group, after=metrics.truncate(saved))
+    for extra in (SAMPLES, HISTOGRAMS):
+        if (run.folder / extra).is_file():
+            MetricsFile(run.folder / extra).truncate(saved)
+    return metrics
+
+
+def _save(run: Run, metrics: MetricsFile | None) -> None:
+    """A checkpoint: made by all ranks, written by the one that has the metrics."""
+    _check_weights(run)
+    state = snapshot(run)
+
+    def write() -> None:
+        if metrics is not None:
+            metrics.sync()
+            checkpoint.save(run.folder / CHECKPOINTS, run.state.step, state, run.trainer.keep_checkpoints)
+
+    run.ranks.each(write)
 
 
 def _step(run: Run) -> None:
@@ -62,12 +94,12 @@ def _step(run: Run) -> None:
     began, rate = time.perf_counter(), run.optimizer.at(state.step, plan.steps)
     for group in run.optim.param_groups:
         group["lr"] = rate
-    batches = [tuple(indices) for indices in plan[state.step]]
+    chosen = plan.chosen(state.step)
     rows: list[dict[str, float]] = []  # L-BFGS evaluates several times; the first is the point where the step began
     run.policy.train()
 
     def closure() -> float:
-        rows.append(_gradient(run, batches))
+        rows.append(_gradient(run, chosen, first=not rows))
         with torch.no_grad():
             for constraint in run.constraints.values():
                 constraint.before_step(run.policy, rate)
@@ -79,56 +111,84 @@ def _step(run: Run) -> None:
         for constraint in run.constraints.values():
             constraint.after_step(run.policy, row)
     state.step += 1
-    state.tokens += sum(plan.sizes[i] for indices in batches for i in indices)
+    tokens = sum(plan.sizes[i] for i in chosen)
+    state.tokens += tokens
     state.ratio_sum += row.pop("log_ratio")
-    pairs = sum(len(run.train.items[i].pairs) for indices in batches for i in indices)
+    pairs = sum(len(run.train.items[i].pairs) for i in chosen)
     seconds = time.perf_counter() - began
     state.fresh = row | {
         "epoch": state.step / plan.steps_per_epoch,
         "num_tokens": state.tokens,
-        "tokens_per_second": sum(plan.sizes[i] for indices in batches for i in indices) / seconds,
+        "tokens_per_second": tokens / seconds,
         "pairs_per_second": pairs / seconds,
     }
 
 
-def _gradient(run: Run, batches: list[tuple[int, ...]]) -> dict[str, float]:
-    """Gradient of the mean over all pairs (or Items) of the step, however it is split. Returns the step's metrics.
+def _gradient(run: Run, chosen: list[int], first: bool) -> dict[str, float]:
+    """Gradient of the mean over all pairs (or Items) of a step, however it is split. Returns the step's metrics.
+
+    What needs them is measured at the `first` evaluation of a step, the rest of it only where the step is logged.
 
     Raises NumericsError, with the rows written to nonfinite.json, if the objective or the gradient norm is not finite.
     """
     run.optim.zero_grad()
-    means = Means()
-    items = [run.train.items[i] for indices in batches for i in indices]
-    total = sum(pair.weight for item in items for pair in item.pairs) if run.loss.unit == "pair" else len(items)
+    means, ranks = Means(), run.ranks
     objective = torch.zeros((), dtype=torch.float64, device=run.accelerator.device)
-    for indices in batches:
+    ranks.each(lambda: _add_up(run, chosen, first, means, objective), through_model=True)
+    ranks.add_gradients(run.parameters)
+    norm = whole(torch.nn.utils.clip_grad_norm_(run.parameters, run.trainer.max_grad_norm or math.inf))
+    numbers = torch.stack([ranks.add(objective), norm.double()]).tolist()
+    if not all(map(math.isfinite, numbers)):
+        raise _not_finite(run, [run.train.items[i] for i in chosen], *numbers)
+    return means.reduce(ranks.gather) | {"objective": numbers[0], "grad_norm": numbers[1]}
+
+
+def _add_up(run: Run, chosen: list[int], first: bool, means: Means, objective: Tensor) -> None:
+    """This rank's part of the gradient, of the metrics and of the objective, micro-batch by micro-batch."""
+    shares = run.plan.shares(run.state.step, run.ranks.size)
+    own = [tuple(indices) for indices in shares[run.ranks.rank]]
+    total = sum(run.weights[i] for i in chosen)
+    for indices in own:
         batch = run.train.batch(indices)
         with run.accelerator.autocast():
-            sums, statistics = _score(run, batch)
+            sums, statistics = _score(run, batch, first)
         logps = with_constants(sums, batch, **run.context())
         values = per_unit(run.loss, logps)
         part = (values * unit_weight(run.loss, logps)).sum() / total
         for constraint in run.constraints.values():
             penalty = constraint.penalty(logps)
-            part = part if penalty is None else part + penalty.sum() / len(items)
-            for name, measured in constraint.measure(logps).items():
-                means.add(name, measured)
+            part = part if penalty is None else part + penalty.sum() / len(chosen)
         run.accelerator.backward(part)
         objective += part.detach()
-        means.add("loss", values, unit_weight(run.loss, logps))
-        add_pair_metrics(means, logps, run.beta)
+        if first:
+            _measure(run, means, logps)
         if statistics is not None:
+            means.add("loss", values, unit_weight(run.loss, logps))
+            add_pair_metrics(means, logps, run.betas[0])
             add_statistics(means, logps, statistics)
-    norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.trainer.max_grad_norm or math.inf)
-    numbers = torch.stack([objective, norm.double()]).tolist()
-    if not all(map(math.isfinite, numbers)):
-        raise _not_finite(run, items, *numbers)
-    return means.reduce() | {"objective": numbers[0], "grad_norm": numbers[1]}
+    if run.ranks.sharded:
+        _keep_step(run, max(map(len, shares)) - len(own), tuple(chosen[:1]))
 
 
-def _score(run: Run, batch: Batch) -> tuple[Tensor, Statistics | None]:
+def _keep_step(run: Run, times: int, indices: tuple[int, ...]) -> None:
+    """Through a sharded model all ranks go equally often: who has nothing left goes with weight zero."""
+    for _ in range(times):
+        with run.accelerator.autocast():
+            sums = score(run.policy, run.train.batch(indices))
+        run.accelerator.backward(0 * sums.sum())
+
+
+def _measure(run: Run, means: Means, logps: Logps) -> None:
+    """What the constraints ask for after every step, and what the baseline is made of."""
+    add_log_ratio(means, logps)
+    for constraint in run.constraints.values():
+        for name, measured in constraint.measure(logps).items():
+            means.add(name, measured)
+
+
+def _score(run: Run, batch: Batch, first: bool) -> tuple[Tensor, Statistics | None]:
     """Log-probs, and statistics of the logits where this step will be logged."""
-    if (run.state.step + 1) % run.trainer.log_every == 0:
+    if first and (run.state.step + 1) % run.trainer.log_every == 0:
         return score_with_statistics(run.policy, batch)
     return score(run.policy, batch), None
 
@@ -136,7 +196,8 @@ def _score(run: Run, batch: Batch) -> tuple[Tensor, Statistics | None]:
 def _not_finite(run: Run, items: list[Item], objective: float, norm: float) -> NumericsError:
     sources = [item.source for item in items]
     path = run.folder / "nonfinite.json"
-    write_json(path, {"step": run.state.step, "objective": str(objective), "grad_norm": str(norm), "rows": sources})
+    if run.ranks.first:
+        write_json(path, {"step": run.state.step, "objective": str(objective), "grad_norm": str(norm), "rows": sources})
     return NumericsError(
         f"step {run.state.step}: objective {objective}, gradient norm {norm}, on rows {', '.join(sources[:5])}"
         f"{' ...' if len(sources) > 5 else ''} (all in {path.name}). The optimizer did not step; an "
@@ -144,37 +205,52 @@ def _not_finite(run: Run, items: list[Item], objective: float, norm: float) -> N
     )
 
 
-def _look(run: Run, metrics: MetricsFile) -> None:
+def _look(run: Run, metrics: MetricsFile | None) -> None:
     """After a step: evaluate if it is time, and ask the constraints whether to stop. A signal puts it off."""
     state = run.state
     row = state.fresh | {"step": state.step}
     due = state.step % run.trainer.eval_every == 0 or state.step == run.plan.steps
+    found = None
     try:
         if due:
-            row |= _evaluate(run)
+            found = _evaluate(run)
+            row |= found.metrics
         reasons = [c.stop_reason(row) for c in run.constraints.values()]
         state.stopped = next((reason for reason in reasons if reason), None)
         if state.stopped and not due:
-            row |= _evaluate(run)
+            found = _evaluate(run)
     except Interrupted:
         return
-    found = {k: v for k, v in row.items() if k.startswith(("eval/", "constraint/"))}
-    _record(run, metrics, found)
     state.looked = state.step
-    if due and run.trainer.samples:
-        _sample(run)
+    if found is not None:
+        _keep(run, metrics, found)
+    if due and run.trainer.samples and run.held_out.items:
+        _sample(run, metrics)
+
+
+def _keep(run: Run, metrics: MetricsFile | None, found: Evaluation) -> None:
+    """Write an evaluation down: its numbers, its histograms, and at the end the table of prompts."""
+    _record(run, metrics, found.metrics | _reports(run))
+    if metrics is None:
+        return
+    if found.histograms:
+        file = MetricsFile(run.folder / HISTOGRAMS)
+        file.log({"step": run.state.step, **found.histograms})
+        file.close()
+    if run.ended and found.prompts:
+        write_csv(run.folder / "objective.csv", found.prompts)
 
 
 class Interrupted(Exception):
     """A signal came during an evaluation; stays within this module."""
 
 
-def _evaluate(run: Run) -> dict[str, float]:
+def _evaluate(run: Run) -> Evaluation:
     if not run.held_out.items:
-        return _reports(run)
+        return Evaluation({}, [], {})
 
     def on_batch() -> None:
-        if run.signals.requested:
+        if run.ranks.agreed(run.signals.poll()):
             raise Interrupted
 
     def score_batch(batch: Batch) -> tuple[Tensor, Statistics]:
@@ -182,10 +258,9 @@ def _evaluate(run: Run) -> dict[str, float]:
             return score_with_statistics(run.policy, batch)
 
     budget = run.trainer.tokens_per_micro_batch
-    row = evaluate(
-        run.policy, run.held_out, run.loss, run.beta, score_batch, budget, on_batch=on_batch, **run.context()
+    return evaluate(
+        run.policy, run.held_out, run.loss, run.betas, score_batch, budget, run.ranks, on_batch, **run.context()
     )
-    return row | _reports(run)
 
 
 def _reports(run: Run) -> dict[str, float]:
@@ -194,28 +269,38 @@ def _reports(run: Run) -> dict[str, float]:
     return {f"constraint/{name}/{key}": value for name, found in reports.items() for key, value in found.items()}
 
 
-def _sample(run: Run) -> None:
+def _sample(run: Run, metrics: MetricsFile | None) -> None:
+    """Write responses of the policy down, and what they say of its KL to the reference. All ranks draw the same."""
     seed = run.seed * 1_000_003 + run.state.step
     options = (run.trainer.samples, run.trainer.sample_tokens, seed)
-    file = _samples(run)
-    for sample in generations(run.policy, run.tokenizer, run.held_out, *options):
-        file.log({"step": run.state.step, **sample})
+    items = list(generations(run.policy, run.held_out, *options))
+    samples = Scored(items, run.held_out.padded, run.held_out.device)
+    with run.accelerator.autocast():
+        ratio = sampled_kl(run.policy, run.change, samples, run.trainer.tokens_per_micro_batch)
+    if metrics is not None:
+        _write_samples(run, items, ratio.tolist())
+    stderr = float(ratio.std() / math.sqrt(len(ratio))) if len(ratio) > 1 else math.nan
+    _record(run, metrics, {"eval/kl/sampled": float(ratio.mean()), "eval/kl/sampled_stderr": stderr})
+
+
+def _write_samples(run: Run, items: list[Item], ratio: list[float]) -> None:
+    file = MetricsFile(run.folder / SAMPLES)
+    for item, value in zip(items, ratio):
+        texts = {"prompt": run.tokenizer.decode(item.prompt), "response": run.tokenizer.decode(item.responses[0])}
+        file.log({"step": run.state.step, "source": item.source, **texts, "log_ratio": value})
     file.close()
 
 
-def _samples(run: Run) -> MetricsFile:
-    return MetricsFile(run.folder / "samples.jsonl")
-
-
-def _record(run: Run, metrics: MetricsFile, row: dict[str, float], every: int = 1) -> None:
+def _record(run: Run, metrics: MetricsFile | None, row: dict[str, float], every: int = 1) -> None:
     """Remember the newest values, write them to metrics.jsonl, and hand a copy to the logger."""
     if not row or run.state.step % every:
         return
-    if "loss" in row:
+    if "grad_norm" in row:
         row |= run.data_rates | {"change/norm": run.change.norm()}
     run.state.last |= row
-    metrics.log({"step": run.state.step, **row})
-    run.logger.log({"step": run.state.step, **row})
+    if metrics is not None:
+        metrics.log({"step": run.state.step, **row})
+        run.logger.log({"step": run.state.step, **row})
 
 
 def _check_weights(run: Run) -> None:
@@ -228,4 +313,5 @@ def _check_weights(run: Run) -> None:
 
 
 def _shown(row: dict[str, float]) -> dict[str, float]:
-    return {"loss": row["loss"], "margin": row["rewards/margins"], "accuracy": row["rewards/accuracies"]}
+    names = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
+    return {shown: row[name] for shown, name in names.items() if name in row}

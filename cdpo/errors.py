@@ -1,5 +1,7 @@
 """What can go wrong, with the exit code of each. A message says what, where, and what to change."""
 
+from __future__ import annotations
+
 
 class CdpoError(Exception):
     """Anything that ends a run on purpose; `exit_code` is what the process returns."""
@@ -25,6 +27,10 @@ class NumericsError(CdpoError, ArithmeticError):
     exit_code = 4
 
 
+class RankLost(CdpoError, RuntimeError):
+    """Another rank of this run died, or does not answer; its own message says why."""
+
+
 class DiskError(CdpoError, OSError):
     """A file that could not be written; what had been saved before is intact."""
 
@@ -35,3 +41,12 @@ class Preempted(CdpoError):
     """A signal asked the run to stop; it has been saved and the same command resumes it."""
 
     exit_code = 75
+
+    def __init__(self, message: str, signal: str | None = None) -> None:
+        super().__init__(message)
+        self.signal = signal  # "SIGTERM", for example
+
+
+def rank_0_says(error: Exception) -> bool:
+    """Whether another rank need not print its error: rank 0 has met it too, or was told (`Ranks.each`)."""
+    return isinstance(error, (ConfigError, DataError, Preempted, RankLost)) or getattr(error, "told", False)

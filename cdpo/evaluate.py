@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from cdpo.batch import Item
 from cdpo.candidates import candidate_kl
+from cdpo.diagnostics import gaussian_view, histograms, summarise
+from cdpo.logps import Statistics, score
 from cdpo.losses import per_unit
 from cdpo.metrics import Means
+from cdpo.objective import attained, objective
+from cdpo.objective import means as mean_objective
 from cdpo.reference import Scored, with_constants
 
 if TYPE_CHECKING:
     from cdpo.batch import Batch, Logps
-    from cdpo.logps import Statistics
+    from cdpo.change import Change
+    from cdpo.distributed import Ranks
 
 
 def add_pair_metrics(means: Means, logps: Logps, beta: float) -> None:
@@ -23,8 +30,7 @@ def add_pair_metrics(means: Means, logps: Logps, beta: float) -> None:
 
     `chosen` is the response preferred with p >= 1/2. Where p is 1/2 the order is the data's.
     """
-    flip = (logps.preference < 0.5)[:, None]
-    chosen, rejected = torch.where(flip, logps.pairs.flip(1), logps.pairs).unbind(1)
+    chosen, rejected = logps.chosen_first().pairs.unbind(1)
     policy, ratio = logps.policy.detach(), logps.log_ratio().detach()
     margin = ratio[chosen] - ratio[rejected]
     per_pair = {
@@ -36,11 +42,15 @@ def add_pair_metrics(means: Means, logps: Logps, beta: float) -> None:
         "logps/rejected": policy[rejected],
         "logps_mean/chosen": policy[chosen] / logps.length[chosen],
         "logps_mean/rejected": policy[rejected] / logps.length[rejected],
-        "log_ratio": (ratio[chosen] + ratio[rejected]) / 2,
     }
-    for name, values in per_pair.items():
-        means.add(name, values, logps.weight)
+    means.add_all(per_pair, logps.weight)
     means.add("kl/candidates", candidate_kl(logps).detach())
+
+
+def add_log_ratio(means: Means, logps: Logps) -> None:
+    """Add the mean log-ratio over all responses of all pairs, nats: what Logps.baseline averages over the steps."""
+    chosen, rejected = logps.of_pairs(logps.log_ratio().detach())
+    means.add("log_ratio", (chosen + rejected) / 2, logps.weight)
 
 
 def add_statistics(means: Means, logps: Logps, statistics: Statistics) -> None:
@@ -62,11 +72,11 @@ def correct(logps: Logps) -> Tensor:
     return torch.where(tie | (logps.preference == 0.5), 0.5, right.double())
 
 
-def reward_scale(loss: Any) -> float:
-    """beta of the implicit reward beta * log-ratio: the loss's own, or that of the first loss within, or 1."""
+def reward_scale(loss: Any, default: float) -> float:
+    """beta of the implicit reward beta * log-ratio: the loss's own, or that of the first loss within, or `default`."""
     inner = [getattr(loss, "loss", None), *getattr(loss, "losses", {}).values()]
     betas = [one.beta for one in (loss, *inner) if hasattr(one, "beta")]
-    return float(betas[0]) if betas else 1.0
+    return float(betas[0]) if betas else default
 
 
 def unit_weight(loss: Any, logps: Logps) -> Tensor:
@@ -74,41 +84,103 @@ def unit_weight(loss: Any, logps: Logps) -> Tensor:
     return logps.weight if loss.unit == "pair" else torch.ones(len(logps.sources), device=logps.policy.device)
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found: numbers, a row per prompt where rewards are known, histograms over the pairs."""
+
+    metrics: dict[str, float]
+    prompts: list[dict[str, Any]]
+    histograms: dict[str, Any]
+
+
 def evaluate(
     policy: nn.Module,
     scored: Scored,
     loss: Any,
-    beta: float,
-    score: Callable[[Batch], tuple[Tensor, Statistics]],
+    betas: tuple[float, float],
+    measured: Callable[[Batch], tuple[Tensor, Statistics]],
     budget: int,
+    ranks: Ranks,
+    on_batch: Callable[[], None],
     progress: float,
     baseline: float,
-    on_batch: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
+) -> Evaluation:
     """Means over all Items in eval mode, named eval/...; `on_batch` is called between batches and may raise.
 
-    eval/rewards/accuracies_stderr is the standard error over pairs of the accuracy.
+    The batches are dealt to the ranks; all ranks then make the same of all log-probs, as one process would.
+
+    `betas` are those of the implicit reward and of J. eval/rewards/accuracies_stderr is the standard error over pairs
+    of the accuracy; eval/gaussian/* look at the pairs as `cdpo.diagnostics` does; objective/* say what RLHF makes of
+    the policy, on the Items of batches that have rewards.
     """
-    means, answers = Means(), []
+    means, columns = Means(), Columns()
     policy.eval()
-    for _, batch in scored.batches(budget):
-        on_batch()
+
+    def work(indices: tuple[int, ...]) -> Tensor:
         with torch.no_grad():
-            sums, statistics = score(batch)
+            sums, statistics = measured(scored.batch(indices))
+        return torch.stack([sums, *(one.double() for one in statistics)])
+
+    tasks = scored.tasks(budget)
+    for indices, found in zip(tasks, ranks.dealt(tasks, work)):
+        on_batch()
+        batch, (sums, *rest) = scored.batch(indices), found.to(scored.device)
+        statistics = Statistics(*rest)
+        with torch.no_grad():
             logps = with_constants(sums, batch, progress, baseline)
             means.add("loss", per_unit(loss, logps), unit_weight(loss, logps))
-        add_pair_metrics(means, logps, beta)
+        add_pair_metrics(means, logps, betas[0])
         add_statistics(means, logps, statistics)
-        answers.append((correct(logps), logps.weight))
-    right, weight = (torch.cat(parts) for parts in zip(*answers))
-    spread = weight * (right - (right * weight).sum() / weight.sum())
-    stderr = float(spread.square().sum().sqrt() / weight.sum())
-    row = means.reduce() | {"rewards/accuracies_stderr": stderr}
-    return {f"eval/{name}": value for name, value in row.items() if name != "log_ratio"}
+        columns.add(
+            "pairs", correct=correct(logps), weight=logps.weight, **gaussian_view(logps.chosen_first(), betas[0])
+        )
+        if logps.rewards is not None:
+            columns.add("prompts", sources=logps.sources, **objective(logps, betas[1]))
+    return _summarised(means, columns)
 
 
-def generations(policy: Any, tokenizer: Any, scored: Scored, count: int, tokens: int, seed: int) -> Iterator[dict]:
-    """Sampled continuations of the first `count` prompts, at temperature 1, that leave the run's random state alone."""
+class Columns:
+    """Tables that grow batch by batch: named tensors [n] or tuples of names, joined when they are taken."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, dict[str, list[Any]]] = {}
+
+    def add(self, table: str, **columns: Any) -> None:
+        """Append rows to a table."""
+        for name, values in columns.items():
+            self._parts.setdefault(table, {}).setdefault(name, []).append(values)
+
+    def take(self, table: str) -> dict[str, Any]:
+        """All rows of a table, column by column; empty if there are none."""
+        return {
+            name: torch.cat(parts) if isinstance(parts[0], Tensor) else [one for part in parts for one in part]
+            for name, parts in self._parts.get(table, {}).items()
+        }
+
+
+def _summarised(means: Means, columns: Columns) -> Evaluation:
+    view, prompts, tables = columns.take("pairs"), columns.take("prompts"), {}
+    right, weight = view.pop("correct"), view.pop("weight")
+    metrics = means.reduce()
+    if len(weight):
+        spread = weight * (right - (right * weight).sum() / weight.sum())
+        metrics["rewards/accuracies_stderr"] = float(spread.square().sum().sqrt() / weight.sum())
+        metrics |= {f"gaussian/{name}": value for name, value in summarise(view, weight).items()}
+        tables = histograms(view, weight)
+    metrics = {f"eval/{name}": value for name, value in metrics.items()}
+    sources = prompts.pop("sources", [])
+    if sources:
+        metrics |= {f"objective/{name}": value for name, value in mean_objective(prompts).items()}
+    lists = {name: column.tolist() for name, column in prompts.items()}
+    rows = [{"source": source, **dict(zip(lists, row))} for source, row in zip(sources, zip(*lists.values()))]
+    return Evaluation(metrics, [row | {"attained": attained(row)} for row in rows], tables)
+
+
+def generations(policy: Any, scored: Scored, count: int, tokens: int, seed: int) -> Iterator[Item]:
+    """Sampled continuations of the first `count` prompts, at temperature 1, that leave the run's random state alone.
+
+    Each is an Item with one response, of at most `tokens` tokens: it ends with the first EOS, or is cut.
+    """
     from cdpo.attention import ordinary_attention
 
     devices = [scored.device] if scored.device.type == "cuda" else []
@@ -117,18 +189,30 @@ def generations(policy: Any, tokenizer: Any, scored: Scored, count: int, tokens:
         torch.manual_seed(seed)
         for item in scored.items[:count]:
             prompt = torch.tensor([item.prompt], device=scored.device)
-            pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-            mask = torch.ones_like(prompt)
             out = policy.generate(
                 input_ids=prompt,
-                attention_mask=mask,
+                attention_mask=torch.ones_like(prompt),
                 max_new_tokens=tokens,
-                pad_token_id=pad,
+                pad_token_id=0,  # never used: each prompt is continued by itself
                 do_sample=True,  # from the policy itself, whatever the checkpoint's generation config says
                 temperature=1.0,
                 top_k=0,
                 top_p=1.0,
                 repetition_penalty=1.0,
             )
-            texts = {"prompt": tokenizer.decode(item.prompt), "response": tokenizer.decode(out[0, len(item.prompt) :])}
-            yield {"source": item.source, **texts}
+            yield Item(item.prompt, [out[0, len(item.prompt) :].tolist()], [], source=item.source)
+
+
+def sampled_kl(policy: Any, change: Change, samples: Scored, budget: int) -> Tensor:
+    """log pi(y) - log pi_ref(y) of every sampled response, nats: their mean estimates KL(pi || pi_ref), up to the cut.
+
+    The reference is the policy with its change put aside, so no second model is needed. [samples]
+    """
+    policy.eval()
+    with torch.no_grad():
+        batches = [batch for _, batch in samples.batches(budget)]
+        now = torch.cat([score(policy, batch) for batch in batches])
+        with change.at_start():
+            start = torch.cat([score(policy, batch) for batch in batches])
+    order = [i for indices, _ in samples.batches(budget) for i in indices]
+    return (now - start)[torch.tensor(order).argsort()]

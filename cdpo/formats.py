@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import combinations
+from os.path import commonprefix
 from typing import Any
 
 from cdpo.batch import Pair
@@ -36,7 +37,7 @@ def columns(source: str, record: Columns) -> Row:
 def transcripts(source: str, record: Columns) -> Row:
     """chosen, rejected: dialogues of Human and Assistant. The prompt ends at the last Assistant turn they share."""
     chosen, rejected = get(record, "chosen"), get(record, "rejected")
-    differ = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
+    differ = len(commonprefix([chosen, rejected]))  # noqa: RUF071  characters are meant
     end = chosen.rfind(ASSISTANT, 0, differ) + len(ASSISTANT)
     if end < len(ASSISTANT):  # not found
         wanted = f"; or name the column of the prompt 'prompt'{misspelt('prompt', record)}"

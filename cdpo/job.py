@@ -6,9 +6,12 @@ Safe to start twice: an interrupted run goes on, a finished one is not trained a
 from __future__ import annotations
 
 import logging
+import os
 import platform
+import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,84 +22,176 @@ from accelerate.utils import set_seed
 
 from cdpo import __version__, config
 from cdpo.batch import Item
+from cdpo.bradley_terry import add_fitted
+from cdpo.checkpoint import latest_step
 from cdpo.constraints import Constraint, check
 from cdpo.constraints.dropout import Dropout
+from cdpo.constraints.freeze import decoder_layers
+from cdpo.distributed import Ranks, shard, started, whole_tree
 from cdpo.engine import fit
 from cdpo.errors import ConfigError, DataError, DiskError, Preempted
 from cdpo.files import read_json, redact, sha256, sweep, write_atomic, write_json
 from cdpo.lock import locked
+from cdpo.logps import one_by_one
+from cdpo.losses.candidates import OnCandidates
 from cdpo.model import check_lengths, export
 from cdpo.preemption import Signals
 from cdpo.progress import Progress
-from cdpo.reference import Scored, add_reference, check_start, layout_for
+from cdpo.reference import Scored, add_reference, check_loaded, check_start, layout_for
 from cdpo.rows import Data
 from cdpo.run import Run, State
-from cdpo.tokenise import tokenise
+from cdpo.tokens import tokenised
 
 log = logging.getLogger(__name__)
 THREADS = torch.get_num_threads()  # torch's own choice, before any run of this process changed it
 
 
-def run(composed: dict[str, Any], folder: Path, command: str = "", group: str | None = None) -> dict[str, Any]:
+def run(
+    composed: dict[str, Any],
+    folder: Path,
+    command: str = "",
+    group: str | None = None,
+    choices: dict[str, Any] | None = None,
+    threads: int | None = None,
+) -> dict[str, Any]:
     """Train what `composed`, a resolved config, describes, in `folder`. Returns what stands in summary.json.
 
-    `command` makes this run again, `group` is the sweep it belongs to; both are only written down.
+    `command` makes this run again, `group` is the sweep it belongs to, `choices` are the names of the chosen files; all
+    three are only written down. `threads` stand in for trainer.threads=null, where processes share a machine.
 
     Raises a CdpoError whose exit code says what kind of thing went wrong; status.json in `folder` says the same.
     """
+    quiet_libraries()
+    spec = read(composed)
+    torch.set_num_threads(spec.trainer.threads or threads or THREADS)
+    files = {"config.json": composed, "choices.json": choices or {}}
+    with ExitStack() as held, started(spec.trainer.distributed, _on_gpu(spec.trainer)) as ranks:
+
+        def begin() -> dict[str, Any] | None:
+            held.enter_context(locked(folder))
+            return _begin(composed, folder, files, command)
+
+        if summary := ranks.from_first(begin):
+            log.info("%s is finished already; nothing to do", folder)
+            return summary
+        with Signals() as signals, _status(folder, spec.logger, ranks):
+            return _run(spec, composed, folder, signals, group, ranks)
+
+
+def _begin(composed: dict[str, Any], folder: Path, files: dict[str, Any], command: str) -> dict[str, Any] | None:
+    """The summary of a run that is finished; else write down what is about to run."""
+    sweep(folder)
+    _same_run(composed, folder)
+    if _state(folder) in ("finished", "stopped_early"):
+        return read_json(folder / "summary.json")  # type: ignore[no-any-return]
+    for name, content in (files | {"inputs.json": _inputs(composed)}).items():
+        write_json(folder / name, content)
+    write_atomic(folder / "command.txt", command + "\n")
+    return None
+
+
+def read(composed: dict[str, Any]) -> config.Config:
+    """A config's objects, checked as far as no data is needed. Raises ConfigError."""
     spec = config.read(composed)
     _check_kinds(spec)
-    check(spec.constraint, lbfgs=spec.optimizer.full_batch)
-    torch.set_num_threads(spec.trainer.threads or THREADS)
-    with locked(folder):
-        sweep(folder)
-        _same_run(composed, folder)
-        if _state(folder) in ("finished", "stopped_early"):
-            log.info("%s is finished already; nothing to do", folder)
-            return read_json(folder / "summary.json")
-        write_json(folder / "config.json", composed)
-        write_json(folder / "inputs.json", _inputs(composed))
-        write_atomic(folder / "command.txt", command + "\n")
-        with Signals() as signals, _status(folder, spec.logger):
-            return _run(spec, composed, folder, signals, group)
+    check(spec.constraint, lbfgs=spec.optimizer.full_batch, fsdp=spec.trainer.distributed == "fsdp")
+    if spec.trainer.distributed == "fsdp":
+        _check_fsdp(spec)
+    return spec
+
+
+def _check_fsdp(spec: config.Config) -> None:
+    """ConfigError for what does not work on shards."""
+    refused = {
+        "optimizer=lbfgs": spec.optimizer.full_batch,
+        "model=tabular": not hasattr(spec.model, "attention") and not hasattr(spec.model, "layers"),
+        "trainer.samples": spec.trainer.samples > 0,
+        "trainer.compile": spec.trainer.compile,
+    }
+    if names := [name for name, found in refused.items() if found]:
+        raise ConfigError(f"trainer.distributed=fsdp does not go with {', '.join(names)}; use trainer.distributed=ddp")
+
+
+def quiet_libraries() -> None:
+    """Their progress bars and notices of deprecation are not for our users; warnings of cdpo itself are."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def _run(
-    spec: config.Config, composed: dict[str, Any], folder: Path, signals: Signals, group: str | None
+    spec: config.Config, composed: dict[str, Any], folder: Path, signals: Signals, group: str | None, ranks: Ranks
 ) -> dict[str, Any]:
     def interruptible(*_: Any) -> None:
-        if signals.requested:
-            raise Preempted(f"{signals.poll()} before the first step; the same command starts again")
+        if name := ranks.agreed(signals.poll()):
+            raise Preempted(f"{name} before the first step; the same command starts again", name)
 
+    began = time.monotonic()
+    if spec.task is not None:
+        if ranks.size > 1:
+            raise ConfigError("this experiment does not train: start one process")
+        return _other(spec, folder, interruptible)
+    if (beta := getattr(spec.loss, "beta", spec.beta)) != spec.beta:
+        log.info("loss.beta=%g differs from beta=%g, which is that of J, the objective", beta, spec.beta)
     data = spec.dataset.load(spec.seed)
     tokenizer = spec.model.tokenizer(data)
-    train_items, held_out_items, rates = _tokens(spec, data, tokenizer, folder, interruptible)
+    often = interruptible if ranks.size == 1 else lambda *_: None  # asking the others after every row takes too long
+    *items, rates = tokens(spec, data, tokenizer, folder, often, ranks, _cache(spec, folder, "tokens"))
     interruptible()
     accelerator = _accelerator(spec.trainer)
-    policy = spec.model.load(tokenizer, data).to(accelerator.device)
-    train, held_out = _scored(policy, train_items, held_out_items, spec, accelerator, folder, interruptible)
-    policy = _constrained(policy, train, spec, accelerator)
-    task = Run(
+    policy = spec.model.load(tokenizer, data)
+    prepared = _sharded if ranks.sharded else _prepared
+    policy, train, held_out, source = prepared(policy, items, spec, accelerator, folder, interruptible, ranks)
+    if ranks.rank:
+        set_seed((spec.draw + 7_919 * ranks.rank) % 2**31)  # dropout draws anew on every rank
+    training = Run(
         policy, tokenizer, train, held_out, spec.loss, spec.constraint, spec.optimizer, spec.trainer,
-        spec.seed, folder, accelerator, signals, spec.logger, composed, group, rates,
+        spec.beta, spec.draw, folder, accelerator, signals, spec.logger, composed, group, rates, ranks,
     )  # fmt: skip
-    state = fit(task)
-    export(policy, tokenizer, folder / "model")
-    return _summary(task, state, folder)
+    waited = time.monotonic() - began
+    log.info("training begins %.1f s after the start of the run", waited)
+    state = fit(training)
+    if ranks.sharded:
+        policy = _unsharded(training, spec, data)
+    ranks.from_first(lambda: export(policy, tokenizer, folder / "model"))
+    return _summary(training, state, {"reference": source, "seconds_before_training": waited}, folder)
 
 
-def _tokens(
-    spec: config.Config, data: Data, tokenizer: Any, folder: Path, interruptible: Any
-) -> tuple[list[Item], list[Item], dict[str, float]]:
-    """Items to train on and to hold out, and the shares of rows cut and dropped; data_report.json holds the whole."""
-    train, ledger = tokenise(data.train, tokenizer, spec.dataset, interruptible)
-    held_out, held_out_ledger = tokenise(data.eval, tokenizer, spec.dataset, interruptible)
+def _other(spec: config.Config, folder: Path, interruptible: Any) -> dict[str, Any]:
+    """What an experiment does instead of training."""
+    summary = {"state": "finished", "metrics": spec.task.run(folder, spec.seed, interruptible)}
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+def tokens(
+    spec: config.Config, data: Data, tokenizer: Any, folder: Path, interruptible: Any, ranks: Ranks,
+    shared: Path | None = None,
+) -> tuple[list[Item], list[Item], list[Item], dict[str, float]]:  # fmt: skip
+    """Items to train on, to hold out and without use for this loss; the shares of rows cut and dropped.
+
+    data_report.json holds the whole; other runs find the tokens in `shared`.
+
+    Raises DataError if nothing is left to train on, or the loss needs rewards that the data lack.
+    """
+    train, ledger = tokenised(data.train, tokenizer, spec.dataset, interruptible, shared)
+    held_out, held_out_ledger = tokenised(data.eval, tokenizer, spec.dataset, interruptible, shared)
     report = {"read": data.ledger.to_dict(), "train": ledger.to_dict(), "eval": held_out_ledger.to_dict()}
-    write_json(folder / "data_report.json", report)
-    if spec.loss.unit == "pair":  # an Item whose rewards all tie has no pair; the ledger counts it as without_pairs
-        train, held_out = ([item for item in items if item.pairs] for items in (train, held_out))
+    ranks.from_first(lambda: write_json(folder / "data_report.json", report))
+    fitted = isinstance(spec.loss, OnCandidates) and spec.loss.rewards == "fitted"
+    unused: list[Item] = []
+    if spec.loss.unit == "pair" or fitted:  # rewards that all tie give no pair; the ledger counts it as without_pairs
+        unused = [item for item in train if not item.pairs]
+        train = [item for item in train if item.pairs]
     if not train:
         raise DataError("no pair is left to train on; data_report.json says where the rows went")
+    if isinstance(spec.loss, OnCandidates) and not fitted:
+        _check_rewards(train + held_out)
+    if fitted:
+        train, held_out = (_fitted(items, spec.loss.ridge, interruptible) for items in (train, held_out))
     ledgers = (ledger, held_out_ledger)
     lost = sum(one.rows - one.kept for one in (data.ledger, *ledgers))
     rates = {
@@ -104,27 +199,95 @@ def _tokens(
         "data/dropped": lost / data.ledger.rows,
     }
     log.info("data: %d rows read, %d to train on, %d held out", data.ledger.rows, len(train), len(held_out))
-    return train, held_out, rates
+    return train, held_out, unused, rates
+
+
+def _check_rewards(items: list[Item]) -> None:
+    if bare := [item.source for item in items if item.rewards is None]:
+        raise DataError(
+            f"the loss needs rewards of every response, and {len(bare)} rows have none ({', '.join(bare[:3])}): "
+            "choose a loss of pairs, loss=rlhf_learned, or data with scored responses (such as bandit)"
+        )
+
+
+def _fitted(items: list[Item], ridge: float, interruptible: Any) -> list[Item]:
+    with Progress(len(items), 0, "fit rewards", quiet=len(items) < 1000) as bar:
+
+        def on_item(done: int) -> None:
+            interruptible()
+            bar.update(done)
+
+        return add_fitted(items, ridge, on_item)
+
+
+def _on_gpu(trainer: config.Trainer) -> bool:
+    """Whether the run has a GPU; never MPS, which has no float64. May raise ConfigError."""
+    if trainer.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("trainer.device=cuda, but torch sees no GPU here; use auto or cpu")
+    return trainer.device != "cpu" and torch.cuda.is_available()
 
 
 def _accelerator(trainer: config.Trainer) -> Accelerator:
-    """A fresh accelerator: its state is global, and runs of one process must not share it. May raise ConfigError."""
+    """A fresh accelerator: its state is global, and runs of one process must not share it."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    if trainer.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("trainer.device=cuda, but torch sees no GPU here; use auto or cpu")
-    cpu = trainer.device == "cpu" or not torch.cuda.is_available()  # never MPS, which has no float64
-    accelerator = Accelerator(mixed_precision="bf16" if trainer.autocast else "no", cpu=cpu)
-    if accelerator.num_processes > 1:
-        raise ConfigError(f"{accelerator.num_processes} ranks were started, but a run trains on one; start one process")
-    return accelerator
+    return Accelerator(mixed_precision="bf16" if trainer.autocast else "no", cpu=not _on_gpu(trainer))
+
+
+def _prepared(
+    policy: Any, items: list[list[Item]], spec: config.Config, accelerator: Accelerator, folder: Path,
+    interruptible: Any, ranks: Ranks,
+) -> tuple[Any, Scored, Scored, str]:  # fmt: skip
+    """The policy that is trained, and the Items with what it said before any constraint: the reference."""
+    policy = policy.to(accelerator.device)
+    train, held_out, source = _scored(policy, items, spec, accelerator, folder, interruptible, ranks)
+    policy = _constrained(policy, spec)
+    with torch.no_grad(), accelerator.autocast():
+        difference = check_start(policy, train)
+    log.info("step 0: policy equals reference (largest difference %.1e nats)", difference)
+    return _switched(policy, spec.trainer), train, held_out, source
+
+
+def _sharded(
+    policy: Any, items: list[list[Item]], spec: config.Config, accelerator: Accelerator, folder: Path,
+    interruptible: Any, ranks: Ranks,
+) -> tuple[Any, Scored, Scored, str]:  # fmt: skip
+    """The same on shards: no rank need hold the whole model on its device, so the reference is asked when sharded.
+
+    The constraints stand by then, so the log-probs of one Item must equal those of the model as it was loaded.
+    """
+    policy.eval()
+    witness = min(items[0], key=lambda item: item.tokens)
+    with torch.no_grad():
+        before = one_by_one(policy, [witness])
+    policy = _constrained(policy, spec)
+    adapters = {p for name, p in policy.named_parameters() if "lora_" in name}  # small: whole on every rank, as in ddp
+    shard(policy, decoder_layers(policy), adapters, accelerator.device)
+    train, held_out, source = _scored(policy, items, spec, accelerator, folder, interruptible, ranks)
+    with accelerator.autocast():
+        check_loaded(policy, witness, before, train)
+    return _switched(policy, spec.trainer), train, held_out, source
+
+
+def _unsharded(training: Run, spec: config.Config, data: Data) -> Any:
+    """On rank 0 a fresh policy on the CPU with the trained weights, None on the others."""
+    state = whole_tree(training.policy.state_dict(), keep=training.ranks.first)
+    if not training.ranks.first:
+        return None
+    policy = _constrained(spec.model.load(training.tokenizer, data), spec)
+    policy.load_state_dict(state)
+    return policy
 
 
 def _scored(
-    policy: Any, train_items: list[Item], held_out_items: list[Item], spec: config.Config, accelerator: Accelerator,
-    folder: Path, interruptible: Any,
-) -> tuple[Scored, Scored]:  # fmt: skip
-    """Both sets of Items with the log-probs of the reference, which is the policy before any constraint."""
-    items = train_items + held_out_items
+    policy: Any, sets: list[list[Item]], spec: config.Config, accelerator: Accelerator, folder: Path,
+    interruptible: Any, ranks: Ranks,
+) -> tuple[Scored, Scored, str]:  # fmt: skip
+    """Both sets of Items with the log-probs of the reference, which is the policy before any constraint; where from.
+
+    What this loss has no use for is scored too: so every loss asks for the same Items, and finds what others computed.
+    """
+    train_items, held_out_items, unused = sets
+    items, began = train_items + held_out_items + unused, time.monotonic()
     check_lengths(policy, max(len(item.prompt) + len(response) - 1 for item in items for response in item.responses))
     padded, reason = layout_for(policy, train_items, getattr(spec.model, "attention", "trees"))
     noisy = any(isinstance(constraint, Dropout) for constraint in spec.constraint.values())
@@ -132,38 +295,49 @@ def _scored(
         padded, reason = True, "dropout, which packed attention on CUDA does not have"
         policy.set_attn_implementation("sdpa")
     log.info("layout: %s", f"padded rows ({reason})" if padded else "packed prompt trees")
-    train, held_out = (Scored(items, padded, accelerator.device) for items in (train_items, held_out_items))
-    for scored, name in ((train, "reference-train"), (held_out, "reference-eval")):
-        with Progress(len(scored.items), 0, name, quiet=not scored.items) as bar, accelerator.autocast():
+    whole = Scored(items, padded, accelerator.device)
+    with Progress(len(items), 0, "reference", quiet=not ranks.first) as bar, accelerator.autocast():
 
-            def on_batch(done: int, bar: Progress = bar) -> None:
-                interruptible()
-                bar.update(done)
+        def on_batch(done: int) -> None:
+            interruptible()
+            bar.update(done)
 
-            if scored.items:
-                cache = folder / f"{name}.safetensors"
-                add_reference(policy, scored, spec.trainer.tokens_per_micro_batch, cache, on_batch)
-    return train, held_out
+        budget, own = spec.trainer.tokens_per_micro_batch, folder / "reference.safetensors"
+        source = add_reference(policy, whole, budget, own, on_batch, _cache(spec, folder, "reference"), ranks)
+    log.info("reference: %s (%d Items, %.1f s)", source, len(items), time.monotonic() - began)
+    n, m = len(train_items), len(train_items) + len(held_out_items)
+    train = Scored(train_items, padded, accelerator.device, whole.reference[:n])
+    return train, Scored(held_out_items, padded, accelerator.device, whole.reference[n:m]), source
 
 
-def _constrained(policy: Any, train: Scored, spec: config.Config, accelerator: Accelerator) -> Any:
-    """The policy that is trained: wrapped by the constraints, and checked to start as the reference."""
-    set_seed(spec.seed)
+def _cache(spec: config.Config, folder: Path, kind: str) -> Path | None:
+    """Where runs share what they computed; None where no cache_dir is named and the run is not under output_root."""
+    if spec.cache_dir is not None:
+        return Path(spec.cache_dir).expanduser() / kind
+    root = Path(spec.output_root)
+    return root / ".cache" / kind if folder.resolve().is_relative_to(root.resolve()) else None
+
+
+def _constrained(policy: Any, spec: config.Config) -> Any:
+    """The policy wrapped by the constraints; the same on all ranks."""
+    set_seed(spec.draw)
     for constraint in spec.constraint.values():
         policy = constraint.wrap(policy)
-    with torch.no_grad(), accelerator.autocast():
-        difference = check_start(policy, train)
-    log.info("step 0: policy equals reference (largest difference %.1e nats)", difference)
-    if spec.trainer.gradient_checkpointing:
+    return policy
+
+
+def _switched(policy: Any, trainer: config.Trainer) -> Any:
+    """The policy with what saves memory or time."""
+    if trainer.gradient_checkpointing:
         if not getattr(policy, "supports_gradient_checkpointing", False):
             raise ConfigError("trainer.gradient_checkpointing: this model does not support it; set it to false")
         policy.gradient_checkpointing_enable({"use_reentrant": False})
-    if spec.trainer.compile:
+    if trainer.compile:
         policy.compile(dynamic=True)
     return policy
 
 
-def _summary(task: Run, state: State, folder: Path) -> dict[str, Any]:
+def _summary(task: Run, state: State, before: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What the run came to: the newest value of every metric, what the constraints did, how far the weights went."""
     reports = {name: constraint.report() for name, constraint in task.constraints.items()}
     summary = {
@@ -171,6 +345,7 @@ def _summary(task: Run, state: State, folder: Path) -> dict[str, Any]:
         "stopped": state.stopped,
         "step": state.step,
         "steps": task.plan.steps,
+        **before,
         "trainable": task.change.trainable(),
         "change/norm": task.change.norm(),
         "change/max_abs": task.change.max_abs(),
@@ -178,7 +353,7 @@ def _summary(task: Run, state: State, folder: Path) -> dict[str, Any]:
         "metrics": state.last,
         "constraint": reports,
     }
-    write_json(folder / "summary.json", summary)
+    task.ranks.from_first(lambda: write_json(folder / "summary.json", summary))
     return summary
 
 
@@ -220,7 +395,7 @@ def _print(file: Path) -> str:
 def _same_run(composed: dict[str, Any], folder: Path) -> None:
     """ConfigError if `folder` holds a run of another config or of other files; names the key, or the file."""
     path = folder / "config.json"
-    if not path.is_file():
+    if not path.is_file() or _failed_at_once(folder):
         return
     old, new = config.trajectory(read_json(path)), config.trajectory(redact(composed))
     for key in sorted(old.keys() | new.keys()):
@@ -234,19 +409,30 @@ def _same_run(composed: dict[str, Any], folder: Path) -> None:
         raise ConfigError(f"{folder} holds a run of other files: {', '.join(changed)} changed; choose another name")
 
 
+def _failed_at_once(folder: Path) -> bool:
+    """Whether the earlier attempt failed before it wrote a number that those of another config could be mixed with."""
+    measured = folder / "metrics.jsonl"
+    begun = latest_step(folder / "checkpoints") >= 0 or (measured.is_file() and measured.stat().st_size > 0)
+    return _state(folder) == "failed" and not begun
+
+
 @contextmanager
-def _status(folder: Path, logger: Any) -> Iterator[None]:
+def _status(folder: Path, logger: Any, ranks: Ranks) -> Iterator[None]:
     """Keep status.json true: running, then finished, stopped_early, preempted or failed and why; end the logger."""
+    if not ranks.first:
+        yield
+        return
     where = {
         "cdpo": __version__,
         "torch": torch.__version__,
         "host": platform.node(),
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "ranks": ranks.size,
     }
     path = folder / "status.json"
     before = read_json(path) if path.is_file() else where
-    if changed := [key for key, value in where.items() if before.get(key) != value and key != "host"]:
+    if changed := [key for key, value in where.items() if before.get(key, 1) != value and key != "host"]:
         log.warning("%s changed since the last attempt: the run goes on, but not bit for bit", ", ".join(changed))
     write_json(path, {"state": "running", **where})
     try:

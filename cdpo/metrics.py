@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 class Means:
     """Weighted means over rows that arrive in parts; however they are split, the result is equal to float64 rounding.
 
-    Nothing waits for the device until `reduce`, which needs one all-reduce and one transfer for all names together.
+    Nothing waits for the device until `reduce`, which needs one transfer for all names together.
     """
 
     def __init__(self) -> None:
@@ -30,23 +30,28 @@ class Means:
 
     def add(self, name: str, values: Tensor, weight: Tensor | None = None) -> None:
         """Add rows `values` [n] with their `weight` [n], 1 each by default."""
-        values = values.detach().double()
-        weight = torch.ones_like(values) if weight is None else weight.detach().double()
-        part = torch.stack([(values * weight).sum(), weight.sum()])
-        self._sums[name] = self._sums[name] + part if name in self._sums else part
+        self.add_all({name: values}, torch.ones_like(values, dtype=torch.float64) if weight is None else weight)
 
-    def reduce(self, all_reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+    def add_all(self, columns: Mapping[str, Tensor], weight: Tensor) -> None:
+        """The same for several columns [n] of one `weight` [n]."""
+        table, weight = torch.stack([values.detach().double() for values in columns.values()]), weight.detach().double()
+        sums = table @ weight
+        for name, part in zip(columns, torch.stack([sums, weight.sum().expand_as(sums)], dim=1)):
+            self._sums[name] = self._sums[name] + part if name in self._sums else part
+
+    def reduce(self, gather: Callable[[Any], list[Any]] | None = None) -> dict[str, float]:
         """The mean of each name, NaN where the weights sum to 0; then start over.
 
-        `all_reduce` returns the sum of a tensor over all ranks; every rank must have added the same names.
+        `gather` returns what every rank passes to it; a rank that has seen no row of a name adds nothing to it.
         """
         names, self._sums, sums = sorted(self._sums), {}, self._sums
-        if not names:
-            return {}
-        table = torch.stack([sums[name] for name in names])  # [names, 2]
-        if all_reduce is not None:
-            table = all_reduce(table)
-        return {name: total / weight if weight else math.nan for name, (total, weight) in zip(names, table.tolist())}
+        table = torch.stack([sums[name] for name in names]).tolist() if names else []  # [names, 2]
+        parts = [dict(zip(names, table))] if gather is None else gather(dict(zip(names, table)))
+        totals: dict[str, list[float]] = {}
+        for name, (total, weight) in (pair for part in parts for pair in part.items()):
+            before = totals.get(name, [0.0, 0.0])
+            totals[name] = [before[0] + total, before[1] + weight]
+        return {name: total / weight if weight else math.nan for name, (total, weight) in sorted(totals.items())}
 
 
 class MetricsFile:

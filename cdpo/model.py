@@ -96,6 +96,16 @@ class HuggingFace:
             raise ConfigError(f"{self.name_or_path}: the tokenizer has {len(tokenizer)} tokens, the model {rows}")
         return without_dropout(model)
 
+    def skeleton(self, tokenizer: PreTrainedTokenizerBase, data: Data) -> PreTrainedModel:
+        """The model's shapes without its weights: for a dry run. Raises ConfigError if its config cannot be had."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = self._load(AutoConfig)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, self.dtype), trust_remote_code=self.trust_remote_code
+            )
+
 
 @dataclass(frozen=True)
 class Tiny:
@@ -135,7 +145,8 @@ class Tiny:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(_texts(data), trainer)
+        merges = self.vocab_size > 258  # without, text changes nothing
+        tokenizer.train_from_iterator(_texts(data) if merges else [], trainer)
         return PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, chat_template=CHAT_TEMPLATE
         )

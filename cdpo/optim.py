@@ -29,6 +29,7 @@ class Schedule:
     warmup_steps: int = 0
 
     full_batch: ClassVar[bool] = False  # whether every step must see all Items
+    states: ClassVar[int] = 0  # numbers that the optimizer keeps for each that is trained
 
     def __post_init__(self) -> None:
         if not 0 < self.learning_rate < math.inf:
@@ -56,6 +57,8 @@ class AdamW(Schedule):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
+    states: ClassVar[int] = 2
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for beta in self.betas:
@@ -63,7 +66,14 @@ class AdamW(Schedule):
         _check("eps", self.eps, 0)
 
     def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
-        return torch.optim.AdamW(parameters, self.learning_rate, self.betas, self.eps, weight_decay=0.0)
+        return torch.optim.AdamW(
+            parameters,
+            self.learning_rate,
+            self.betas,
+            self.eps,
+            weight_decay=0.0,
+            fused=True,  # one pass, no copies
+        )
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,10 @@ class SGD(Schedule):
     """Stochastic gradient descent, with heavy-ball momentum."""
 
     momentum: float = 0.0
+
+    @property
+    def states(self) -> int:  # type: ignore[override]
+        return int(self.momentum > 0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,6 +100,8 @@ class RMSprop(Schedule):
 
     alpha: float = 0.99
     eps: float = 1e-8
+
+    states: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,6 +122,10 @@ class LBFGS(Schedule):
     tolerance_change: float = 1e-15
 
     full_batch: ClassVar[bool] = True
+
+    @property
+    def states(self) -> int:  # type: ignore[override]
+        return 2 * self.history_size + 3
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,7 +25,6 @@ def pack(items: Sequence[Item], reference: Sequence[Tensor] | None = None, padde
     first = [sum(sizes[:i]) for i in range(len(sizes))]  # index of each Item's first response
     pairs = [(f + p.winner, f + p.loser, p.preference, p.weight) for f, item in zip(first, items) for p in item.pairs]
     responses = [response for item in items for response in item.responses]
-    rewards = [item.rewards for item in items]
     real = torch.float64  # kept exact here; score() and the loss choose their own precision
     return Batch(
         **tokens,
@@ -33,12 +32,20 @@ def pack(items: Sequence[Item], reference: Sequence[Tensor] | None = None, padde
         length=torch.tensor([len(response) for response in responses]),
         reference=torch.cat(list(reference)) if reference is not None else torch.zeros(len(responses), dtype=real),
         item=torch.tensor([i for i, size in enumerate(sizes) for _ in range(size)]),
-        rewards=torch.tensor([x for r in rewards for x in r or []], dtype=real) if all(rewards) else None,
+        rewards=_column([item.rewards for item in items]),
+        fitted=_column([item.fitted for item in items]),
         pairs=torch.tensor([p[:2] for p in pairs], dtype=torch.long).reshape(-1, 2),
         preference=torch.tensor([p[2] for p in pairs], dtype=real),
         weight=torch.tensor([p[3] for p in pairs], dtype=real),
         sources=tuple(item.source for item in items),
     )
+
+
+def _column(values: list[list[float] | None]) -> Tensor | None:
+    """Numbers of all responses, response after response; None if no Item has them."""
+    known = [value for value in values if value is not None]
+    assert len(known) in (0, len(values)), "some Items of a batch have rewards and some have none"
+    return torch.tensor([x for value in known for x in value], dtype=torch.float64) if known else None
 
 
 def _packed_trees(items: Sequence[Item]) -> dict[str, Tensor]:
@@ -128,8 +135,24 @@ class Plan:
         """Optimizer steps in one pass over the Items."""
         return -(-len(self.sizes) // self.batch_size)
 
+    def chosen(self, step: int) -> list[int]:
+        """The Items of a step, as indices."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        return _order(len(self.sizes), self.seed, epoch)[k * self.batch_size : (k + 1) * self.batch_size]
+
     def __getitem__(self, step: int) -> list[list[int]]:
         """The micro-batches of a step, as indices of Items."""
-        epoch, k = divmod(step, self.steps_per_epoch)
-        chosen = _order(len(self.sizes), self.seed, epoch)[k * self.batch_size : (k + 1) * self.batch_size]
-        return by_tokens(self.sizes, chosen, self.token_budget)
+        return by_tokens(self.sizes, self.chosen(step), self.token_budget)
+
+    def shares(self, step: int, ranks: int) -> list[list[list[int]]]:
+        """The same Items dealt to ranks, longest first to whom has fewest tokens; each share in its micro-batches.
+
+        With one rank it is the step itself. A rank may get nothing.
+        """
+        shares: list[list[int]] = [[] for _ in range(ranks)]
+        tokens = [0] * ranks
+        for i in sorted(self.chosen(step), key=lambda i: (-self.sizes[i], i)):
+            least = tokens.index(min(tokens))
+            shares[least].append(i)
+            tokens[least] += self.sizes[i]
+        return [by_tokens(self.sizes, share, self.token_budget) for share in shares]

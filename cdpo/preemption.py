@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 
 class Signals:
     """While entered, SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 are remembered and do not kill; a second one exits at once.
+
+    The same signal within half a second is the same request: a launcher passes on what SLURM sends to all processes.
 
     SLURM sends SIGTERM to preempt and, if asked to with `--signal`, USR1 or USR2 before the time limit. Does nothing
     outside the main thread, where Python allows no handlers. Raises nothing.
@@ -20,7 +23,7 @@ class Signals:
 
     def __init__(self) -> None:
         self._pending: str | None = None
-        self._owner = 0
+        self._owner, self._received = 0, 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def poll(self) -> str | None:
@@ -47,7 +50,9 @@ class Signals:
         name = signal.Signals(number).name
         if os.getpid() != self._owner:  # a forked worker inherits the handler, and should die as workers do
             os._exit(128 + number)
+        if self._pending == name and time.monotonic() - self._received < 0.5:
+            return
         if self._pending is not None:
             os.write(2, f"\n{name} after {self._pending}: exiting at once, without saving\n".encode())
             os._exit(128 + number)
-        self._pending = name
+        self._pending, self._received = name, time.monotonic()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+
+from cdpo.files import write_json
 
 
 class Progress:
@@ -65,6 +68,22 @@ class Progress:
             return ""
         seconds = round((now - self._began) / (step - self.start) * (self.total - step))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
+
+
+class Heartbeat:
+    """A file that says how far a run is, for people elsewhere: step, steps, seconds per step, when (Unix time)."""
+
+    def __init__(self, path: Path, steps: int, start: int, interval: float = 5.0) -> None:
+        self.path, self.steps, self.start, self.interval = path, steps, start, interval
+        self._began, self._written = time.time(), 0.0
+
+    def beat(self, step: int) -> None:
+        """Step `step` is done; the file is written at most every `interval` seconds. Raises DiskError."""
+        now = time.time()
+        if now - self._written >= self.interval:
+            self._written = now
+            pace = (now - self._began) / (step - self.start) if step > self.start else None
+            write_json(self.path, {"step": step, "steps": self.steps, "seconds_per_step": pace, "time": now})
 
 
 def summary_table(rows: Mapping[str, Any], title: str = "") -> None:

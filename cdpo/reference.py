@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cdpo import attention
+from cdpo import attention, cache
 from cdpo.batch import Batch, Item, Logps
+from cdpo.distributed import ALONE, Ranks
 from cdpo.errors import ConfigError, NumericsError
 from cdpo.logps import one_by_one, score
 from cdpo.packing import by_tokens, pack
@@ -26,6 +28,7 @@ from cdpo.packing import by_tokens, pack
 log = logging.getLogger(__name__)
 
 CHECKED = 16  # Items that are scored again before training starts
+RESCORED = 8  # Items that are scored again when numbers of another run are read
 
 
 @dataclass(eq=False)
@@ -52,11 +55,15 @@ class Scored:
             digest.update(json.dumps([item.prompt, item.responses, item.pairs, item.rewards]).encode())
         return digest.hexdigest()
 
-    def batches(self, budget: int) -> Iterator[tuple[tuple[int, ...], Batch]]:
-        """All Items once, in micro-batches of at most `budget` tokens, with their indices."""
+    def tasks(self, budget: int) -> list[tuple[int, ...]]:
+        """All Items once, in micro-batches of at most `budget` tokens, as indices."""
         sizes = [item.tokens for item in self.items]
-        for indices in by_tokens(sizes, range(len(sizes)), budget):
-            yield tuple(indices), self.batch(tuple(indices))
+        return [tuple(indices) for indices in by_tokens(sizes, range(len(sizes)), budget)]
+
+    def batches(self, budget: int) -> Iterator[tuple[tuple[int, ...], Batch]]:
+        """The same with their batches."""
+        for indices in self.tasks(budget):
+            yield indices, self.batch(indices)
 
 
 def logps_of(model: nn.Module, batch: Batch, progress: float = 0.0, baseline: float = 0.0) -> Logps:
@@ -66,7 +73,7 @@ def logps_of(model: nn.Module, batch: Batch, progress: float = 0.0, baseline: fl
 
 def with_constants(policy: Tensor, batch: Batch, progress: float = 0.0, baseline: float = 0.0) -> Logps:
     """Policy log-probs [S] and everything else that a loss may read, in float64 from here on."""
-    names = ("reference", "length", "item", "pairs", "preference", "weight", "rewards", "sources")
+    names = ("reference", "length", "item", "pairs", "preference", "weight", "rewards", "fitted", "sources")
     return Logps(
         policy.double(), **{name: getattr(batch, name) for name in names}, progress=progress, baseline=baseline
     )
@@ -108,7 +115,10 @@ def _probe(items: Sequence[Item]) -> list[Item]:
         return sum(len(response) > 1 for response in item.responses) > 1
 
     chosen = min(items, key=lambda item: item.tokens), max(items, key=lambda item: (branches(item), item.tokens))
-    return [replace(item, responses=sorted(item.responses, key=len)[-4:], pairs=[], rewards=None) for item in chosen]
+    return [
+        replace(item, responses=sorted(item.responses, key=len)[-4:], pairs=[], rewards=None, fitted=None)
+        for item in chosen
+    ]
 
 
 def _rounding(dtype: torch.dtype, length: Tensor) -> Tensor:
@@ -122,32 +132,113 @@ def _rounding(dtype: torch.dtype, length: Tensor) -> Tensor:
 
 
 def add_reference(
-    model: nn.Module, scored: Scored, budget: int, cache: Path, on_batch: Callable[[int], None] = lambda done: None
-) -> None:
-    """Fill `scored.reference` from `cache` if it is of these Items, else by one pass, in eval mode, and write it there.
+    model: nn.Module,
+    scored: Scored,
+    budget: int,
+    own: Path,
+    on_batch: Callable[[int], None] = lambda done: None,
+    shared: Path | None = None,
+    ranks: Ranks = ALONE,
+) -> str:
+    """Fill `scored.reference`; returns where it is from: "computed", "cache" (`shared`) or "run directory" (`own`).
 
-    `on_batch` is told how many Items are done; it may raise to interrupt. Raises NumericsError, naming the rows.
+    `own` is the run's file, by which it resumes; `shared` a folder for all runs of these weights and tokens. One pass,
+    in eval mode, in an order that depends on the tokens only: every split of the same Items finds the same numbers, bit
+    for bit, whichever run computed them. `on_batch` is told how many Items are done; it may raise to interrupt.
+    The micro-batches are dealt to the ranks; only the first reads and writes files.
+
+    Raises NumericsError, naming the rows.
     """
-    # all that the numbers depend on but the weights, which the step-0 check looks after
-    key = f"{scored.fingerprint()} {next(model.parameters()).dtype} {'rows' if scored.padded else 'trees'}"
-    found = _read(cache, key)
+    prints = [_print(item) for item in scored.items]
+    order = sorted(range(len(prints)), key=prints.__getitem__)
+    ordered = Scored([scored.items[i] for i in order], scored.padded, scored.device)
+    key = _key(model, scored, sorted(prints), budget)
+    # without the weights: on resume the step-0 check refuses other ones, which new numbers would hide
+    found, reason = ranks.from_first(lambda: cache.read(own, key))
+    source = "run directory"
+    if reason:
+        log.warning("%s: %s; not used", own, reason)
     if found is None:
-        found = _one_pass(model, scored, budget, on_batch)
-        _write(cache, key, found)
-    sizes = [len(item.responses) for item in scored.items]
-    scored.reference = list(found.split(sizes))
+        found, source = _from_elsewhere(model, ordered, budget, own, key, on_batch, shared, ranks)
+    sizes = [len(item.responses) for item in ordered.items]
+    parts = dict(zip(order, found.split(sizes)))
+    scored.reference = [parts[i] for i in range(len(order))]
     scored.__post_init__()  # forget batches without reference
+    return source
 
 
-def _one_pass(model: nn.Module, scored: Scored, budget: int, on_batch: Callable[[int], None]) -> Tensor:
+def _from_elsewhere(
+    model: nn.Module, ordered: Scored, budget: int, own: Path, key: dict[str, Any],
+    on_batch: Callable[[int], None], shared: Path | None, ranks: Ranks,
+) -> tuple[Tensor, str]:  # fmt: skip
+    """Out of the cache or computed, and written into the run directory. Shards do not show all weights: not shared."""
+
+    def compute(tell: Callable[[int], None]) -> Tensor:
+        return _one_pass(model, ordered, budget, tell, ranks)
+
+    def fault(found: Tensor) -> str:
+        return _fault(model, ordered, found)
+
+    if shared is None or ranks.sharded:
+        found, here = compute(on_batch), True
+    else:
+        key |= {"weights": weights_print(model)}
+        if ranks.size == 1:
+            found, here = cache.once(shared, key, len(ordered.items), compute, fault, on_batch)
+        else:  # nobody waits for the others: who computes is many already
+            there = ranks.from_first(lambda: cache.look(shared, key, fault))
+            found, here = (compute(on_batch), True) if there is None else (there, False)
+            ranks.from_first(lambda: cache.keep(shared, key, found) if here else None)
+    ranks.from_first(lambda: cache.write(own, key, found))
+    return found, "computed" if here else "cache"
+
+
+def _key(model: Any, scored: Scored, prints: list[bytes], budget: int) -> dict[str, Any]:
+    """All that the numbers depend on but the weights; the budget because another grouping rounds otherwise."""
+    device = scored.device.type
+    autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+    return {
+        "format": 1,
+        "tokens": hashlib.sha256(b"".join(prints)).hexdigest(),
+        "dtype": str(next(model.parameters()).dtype),
+        "autocast": autocast,
+        "attention": ["rows" if scored.padded else "trees", getattr(model.config, "_attn_implementation", None)],
+        "device": device,
+        "tokens_per_micro_batch": budget,
+    }
+
+
+def _print(item: Item) -> bytes:
+    """sha256 of what a model is shown of an Item: its token ids, after any truncation."""
+    return hashlib.sha256(json.dumps([item.prompt, item.responses]).encode()).digest()
+
+
+def weights_print(model: Any) -> str:
+    """sha256 of a model's class, config, parameters and buffers; not of where it was loaded from."""
+    passing = ("name_or_path", "transformers_version")
+    config = {k: v for k, v in model.config.to_dict().items() if k not in passing and not k.startswith("_")}
+    digest = hashlib.sha256(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _one_pass(model: nn.Module, scored: Scored, budget: int, on_batch: Callable[[int], None], ranks: Ranks) -> Tensor:
     parts: list[Tensor] = [torch.empty(0)] * len(scored.items)
     done = 0
     model.eval()
-    for indices, batch in scored.batches(budget):
-        with torch.inference_mode():
-            sums = score(model, batch).double().cpu().clone()
-        bad = sorted({batch.sources[i] for i in batch.item[~sums.isfinite().to(batch.item.device)].tolist()})
-        if bad:
+
+    def work(indices: tuple[int, ...]) -> Tensor:
+        with torch.no_grad():
+            return score(model, scored.batch(indices)).double().cpu()
+
+    tasks = scored.tasks(budget)
+    for indices, sums in zip(tasks, ranks.dealt(tasks, work)):
+        if not bool(sums.isfinite().all()):
+            batch = scored.batch(indices)
+            bad = sorted({batch.sources[i] for i in batch.item.cpu()[~sums.isfinite()].tolist()})
+
             raise NumericsError(f"the reference gives NaN or infinite log-probs to {', '.join(bad[:5])}")
         for i, part in zip(indices, sums.split([len(scored.items[i].responses) for i in indices])):
             parts[i] = part
@@ -156,35 +247,25 @@ def _one_pass(model: nn.Module, scored: Scored, budget: int, on_batch: Callable[
     return torch.cat([part.clone() for part in parts])
 
 
-def _read(cache: Path, key: str) -> Tensor | None:
-    from safetensors import SafetensorError, safe_open
-
-    if not cache.is_file():
-        return None
-    try:
-        with safe_open(cache, "pt") as file:
-            metadata, reference = file.metadata() or {}, file.get_tensor("reference")
-        if metadata.get("key") != key:
-            log.info("%s belongs to other data; computed anew", cache.name)
-        elif metadata.get("sha256") != _sha256(reference):
-            log.warning("%s is damaged and computed anew: its sha256 is another", cache.name)
-        else:
-            return reference
-    except (SafetensorError, OSError) as error:
-        log.warning("%s is damaged and computed anew: %s", cache.name, error)
-    return None
+def _fault(model: nn.Module, scored: Scored, found: Tensor) -> str:
+    """Score a few Items, others each time, and say where numbers that were read differ by more than rounding."""
+    parts = found.split([len(item.responses) for item in scored.items])
+    some = Random().sample(range(len(parts)), min(RESCORED, len(parts)))
+    few = Scored([scored.items[i] for i in some], scored.padded, scored.device, [parts[i] for i in some])
+    for _, logps, off, allowed in _differences(model.eval(), few):
+        if not bool((off <= allowed).all()):
+            i = int((off - allowed).argmax())
+            return f"stale: {logps.reference[i]:.6f} nats for a response that scores {logps.policy[i]:.6f}"
+    return ""
 
 
-def _write(cache: Path, key: str, reference: Tensor) -> None:
-    from safetensors.torch import save
-
-    from cdpo.files import write_atomic
-
-    write_atomic(cache, save({"reference": reference}, {"key": key, "sha256": _sha256(reference)}))
-
-
-def _sha256(reference: Tensor) -> str:
-    return hashlib.sha256(reference.numpy().tobytes()).hexdigest()
+def _differences(model: nn.Module, scored: Scored) -> Iterator[tuple[Batch, Logps, Tensor, Tensor]]:
+    """Batches scored again, how far each response is from its reference, and how far rounding may take it, in nats."""
+    dtype = _least_precise(model, scored.device)
+    for _, batch in scored.batches(sum(item.tokens for item in scored.items)):
+        with torch.no_grad():
+            logps = logps_of(model, batch)
+        yield batch, logps, logps.log_ratio().abs(), _rounding(dtype, logps.length)
 
 
 def check_start(policy: nn.Module, scored: Scored) -> float:
@@ -193,16 +274,9 @@ def check_start(policy: nn.Module, scored: Scored) -> float:
     Raises ConfigError where policy and reference differ by more than rounding: another base model, an adapter that does
     not start at zero, a cache of other weights. All numbers of such a run would be wrong.
     """
-    policy.eval()
-    budget = sum(item.tokens for item in scored.items[:CHECKED])
     first = Scored(scored.items[:CHECKED], scored.padded, scored.device, scored.reference[:CHECKED])
-    dtype = _least_precise(policy, scored.device)
     worst = 0.0
-    for _, batch in first.batches(budget):
-        with torch.no_grad():
-            logps = logps_of(policy, batch)
-        off = logps.log_ratio().abs()
-        allowed = _rounding(dtype, logps.length)
+    for batch, logps, off, allowed in _differences(policy.eval(), first):
         worst = max(worst, float(off.max()))
         if not bool((off <= allowed).all()):
             i = int((off - allowed).argmax())
@@ -211,6 +285,18 @@ def check_start(policy: nn.Module, scored: Scored) -> float:
                 f"{logps.policy[i]:.6f} instead of {logps.reference[i]:.6f} nats; was the base model changed?"
             )
     return worst
+
+
+def check_loaded(policy: nn.Module, witness: Item, before: Tensor, scored: Scored) -> None:
+    """ConfigError unless the reference of one Item, computed on shards, is `before`, that of the model as loaded."""
+    found = next(one for item, one in zip(scored.items, scored.reference) if item is witness)
+    length = torch.tensor([len(response) for response in witness.responses])
+    off = (found - before.cpu()).abs()
+    if not bool((off <= _rounding(_least_precise(policy, scored.device), length)).all()):
+        raise ConfigError(
+            f"sharded, the policy scores {witness.source} {float(off.max()):.6f} nats off the model as it was loaded: "
+            "does a constraint change the policy before the first step?"
+        )
 
 
 def _least_precise(policy: nn.Module, device: torch.device) -> torch.dtype:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from torch.optim import Optimizer
 
 from cdpo import checkpoint
 from cdpo.change import Change
 from cdpo.config import Trainer
 from cdpo.constraints import Constraint
+from cdpo.distributed import ALONE, Ranks, like, whole_tree
 from cdpo.errors import ConfigError
 from cdpo.evaluate import reward_scale
 from cdpo.optim import Schedule
@@ -56,6 +57,7 @@ class Run:
     constraints: dict[str, Constraint]
     optimizer: Schedule
     trainer: Trainer
+    beta: float  # of the objective J
     seed: int
     folder: Path
     accelerator: Accelerator
@@ -64,14 +66,15 @@ class Run:
     composed: dict[str, Any]  # the config, for the logger's copy
     group: str | None = None  # the sweep that the run belongs to, for the logger's copy
     data_rates: dict[str, float] = field(default_factory=dict)  # shares of rows cut and dropped, logged with each step
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         items, trainer = self.train.items, self.trainer
-        size = min(trainer.batch_size or len(items), len(items))
+        size, steps = trainer.size(len(items)), trainer.steps(len(items))
         if self.optimizer.full_batch and size < len(items):
             raise ConfigError("optimizer=lbfgs needs the full batch: set trainer.batch_size=null")
-        steps = trainer.max_steps or trainer.epochs * math.ceil(len(items) / size)
         sizes = [item.tokens for item in items]
+        self.weights = [sum(pair.weight for pair in item.pairs) if self.loss.unit == "pair" else 1.0 for item in items]
         self.plan = Plan(sizes, size, steps, self.seed, trainer.tokens_per_micro_batch)
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         if not self.parameters:
@@ -83,7 +86,7 @@ class Run:
             )
         self.optim: Optimizer = self.optimizer.build(self.parameters)
         self.change = Change(self.policy)
-        self.beta = reward_scale(self.loss)
+        self.betas = (reward_scale(self.loss, self.beta), self.beta)  # of the implicit reward, of the objective J
         self.state = State()
         for name, constraint in self.constraints.items():
             watched = getattr(constraint, "metric", None)
@@ -102,23 +105,28 @@ class Run:
 
 
 def snapshot(run: Run) -> dict[str, Any]:
-    """Everything that changes the trajectory."""
-    return {
+    """Everything that changes the trajectory; all ranks must ask for it together, the first gets it complete."""
+    rng, *others = run.ranks.gather(checkpoint.rng_state())
+    state = {
         "state": vars(run.state),
         "data": [run.train.fingerprint(), run.held_out.fingerprint()],
         "parameters": {name: p for name, p in run.policy.named_parameters() if p.requires_grad},
         "optimizer": run.optim.state_dict(),
         "constraints": {name: constraint.state_dict() for name, constraint in run.constraints.items()},
-        "rng": checkpoint.rng_state(),
+        "rng": rng,
+        "rng_of_other_ranks": others,
     }
+    return whole_tree(state, keep=run.ranks.first)  # type: ignore[no-any-return]
 
 
 def restore(run: Run, checkpoints: Path) -> int:
     """Put the run back to its newest checkpoint. Returns that step, or -1 where there is none.
 
-    Raises ConfigError if the checkpoint is of other data or of other parameters.
+    Raises ConfigError if the checkpoint is of other data or of other parameters, or not the same on all ranks.
     """
     found = checkpoint.newest(checkpoints)
+    if len(set(steps := run.ranks.gather(found and found[0]))) > 1:
+        raise ConfigError(f"{checkpoints}: the ranks see checkpoints of steps {steps}; output_root must be shared")
     if found is None:
         return -1
     step, saved = found
@@ -129,11 +137,22 @@ def restore(run: Run, checkpoints: Path) -> int:
         raise ConfigError(f"{checkpoints}: the trained parameters have changed since step {step}")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(saved["parameters"][name])
-    run.optim.load_state_dict(saved["optimizer"])
+            parameter.copy_(like(saved["parameters"][name], parameter))
+    run.optim.load_state_dict(_laid_out(saved["optimizer"], run.parameters))
     for name, constraint in run.constraints.items():
         constraint.load_state_dict(saved["constraints"][name])
     vars(run.state).update(saved["state"])
-    checkpoint.set_rng_state(saved["rng"])
+    rngs = [saved["rng"], *saved.get("rng_of_other_ranks", [])]
+    if len(rngs) == run.ranks.size:
+        checkpoint.set_rng_state(rngs[run.ranks.rank])
     log.info("resumed from step %d", step)
     return step
+
+
+def _laid_out(optimizer: dict[str, Any], parameters: list[Tensor]) -> dict[str, Any]:
+    """An optimizer's state, whose tensors are whole, as its parameters lie on the ranks."""
+    state = {
+        i: {key: like(value, parameters[i]) if isinstance(value, Tensor) else value for key, value in entry.items()}
+        for i, entry in optimizer["state"].items()
+    }
+    return {**optimizer, "state": state}

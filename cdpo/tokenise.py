@@ -46,7 +46,7 @@ def tokenise(
         items += work.items(chunk)
     ledger = work.ledger
     ledger.lengths = lengths(items)
-    _judge(ledger, limits)
+    judge(ledger, limits)
     return items, ledger
 
 
@@ -59,7 +59,8 @@ def _chunks(rows: list[Row]) -> Iterator[list[Row]]:
     return iter(track(chunks, "tokenising", disable=quiet, console=Console(stderr=True), transient=True))
 
 
-def _judge(ledger: Ledger, limits: Limits) -> None:
+def judge(ledger: Ledger, limits: Limits) -> None:
+    """Warn of what befell the rows. Raises DataError where that is more than `limits` allow."""
     for kind in ("special_tokens", "boundary_mismatches"):
         tally = ledger.notes[kind]
         if tally.count:

@@ -6,22 +6,17 @@ torch and transformers are imported inside functions, so that --help and --cfg j
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
-import shlex
-import shutil
 import sys
 import textwrap
-import traceback
-import warnings
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import (
     ConfigAttributeError,
     InterpolationResolutionError,
@@ -30,92 +25,63 @@ from omegaconf.errors import (
 )
 
 from cdpo import config
-from cdpo.errors import CdpoError, ConfigError, DiskError, Preempted
-
-log = logging.getLogger(__name__)
-OUTCOMES: list[tuple[Path, str, int]] = []  # every run of this process: directory, what ended it, exit code
-
-
-def _choices(root: Any) -> dict[str, Any]:
-    return dict(OmegaConf.select(root, "hydra.runtime.choices") or {})
-
-
-def _plain(root: Any) -> dict[str, Any]:
-    """The job's part of a config, unresolved, as plain dictionaries."""
-    node = OmegaConf.masked_copy(root, [key for key in root if key != "hydra"])
-    return OmegaConf.to_container(node, resolve=False)  # type: ignore[return-value]
-
-
-def _run_name(*, _root_: DictConfig) -> str:
-    return config.run_name(_plain(_root_), _choices(_root_))
-
-
-def _run_dir(*, _root_: DictConfig) -> str:
-    config.check_name(_root_.name)  # before Hydra makes the directory
-    return str(Path(str(_root_.output_root)) / str(_root_.name or _run_name(_root_=_root_)))
-
-
-def _sweep_dir(*, _root_: DictConfig) -> str:
-    config.check_name(_root_.name)
-    return str(Path(str(_root_.output_root), *([str(_root_.name)] if _root_.name else [])))
-
-
-for _name, _resolver in {"run_name": _run_name, "run_dir": _run_dir, "sweep_dir": _sweep_dir}.items():
-    OmegaConf.register_new_resolver(f"cdpo.{_name}", _resolver, replace=True)
+from cdpo.compose import composed_of, task_of
+from cdpo.errors import CdpoError, ConfigError, DiskError, Preempted, rank_0_says
+from cdpo.rendezvous import place
+from cdpo.sweep import ALONE, OUTCOMES, Outcome, Task, done, end, failure, forget, sweeps
 
 
 @hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")
 def _job(cfg: DictConfig) -> None:
-    """One job of Hydra: alone, or one of a sweep."""
-    settings = HydraConfig.get()
-    folder, sweep = Path(settings.runtime.output_dir), settings.mode == RunMode.MULTIRUN
-    overrides = list(settings.overrides.task)
-    if any(code == Preempted.exit_code for _, _, code in OUTCOMES):
+    """One run in this process: alone, or of a sweep with hydra/launcher=basic. Others do as cdpo.work does."""
+    task = task_of(cfg)
+    here = place()
+    if here.rank:
+        logging.disable()  # rank 0 says it
+    if any(outcome.exit_code == Preempted.exit_code for outcome in OUTCOMES):
         raise Preempted("the sweep was asked to stop")
     try:
-        composed: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        _only_from_the_command_line(composed, overrides)
-        _quiet_libraries()
+        composed = composed_of(cfg)
+        if task.sweep and here.size > 1:
+            raise ConfigError(ALONE)
+        if cfg.dry_run:
+            _dry_run(task, composed)
+            return
         from cdpo.job import run
 
-        group = Path(settings.sweep.dir).resolve().name if sweep else None
-        summary = run(composed, folder, shlex.join(["cdpo-train", *overrides]), group)
+        summary = run(composed, task.directory, task.command, task.group, task.choices)
     except Exception as error:
-        # not the exception itself: its traceback would keep the model in memory through the rest of a sweep
-        OUTCOMES.append((folder, f"{type(error).__name__}: {error}", getattr(error, "exit_code", 1)))
-        if not any(path.name != "train.log" for path in folder.iterdir()):
-            shutil.rmtree(folder)  # nothing was begun
-        elif not isinstance(error, CdpoError):
-            log.error("%s", "".join(traceback.format_exception(error)))
-        raise error.with_traceback(None) if sweep else error  # noqa: B904
-    OUTCOMES.append((folder, "done", 0))
-    _show(summary, folder)
+        OUTCOMES.append(failure(task, error) if here.rank == 0 else Outcome(task, str(error), 1))
+        raise error.with_traceback(None) if task.sweep else error  # noqa: B904
+    OUTCOMES.append(done(task))
+    if here.rank == 0:
+        _show(summary, task.directory)
 
 
-def _quiet_libraries() -> None:
-    """Their progress bars and notices of deprecation are not for our users; warnings of cdpo itself are."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging as transformers_logging
+def _dry_run(task: Task, composed: dict[str, Any]) -> None:
+    from cdpo.estimate import estimate, show, state_of
 
-    transformers_logging.disable_progress_bar()
-
-
-def _only_from_the_command_line(composed: dict[str, Any], overrides: list[str]) -> None:
-    """Remote code may be trusted by the person at the command line, never by a file."""
-    trusted = composed["model"].get("trust_remote_code")
-    if trusted and not any(override.lstrip("+").startswith("model.trust_remote_code=") for override in overrides):
-        raise ConfigError("model.trust_remote_code can only be set on the command line")
+    show([(task, estimate(composed, {}), state_of(task.directory))])
+    forget(task.directory)
 
 
 def _show(summary: dict[str, Any], folder: Path) -> None:
     from cdpo.progress import summary_table
 
-    names = ("eval/loss", "eval/rewards/accuracies", "eval/rewards/accuracies_stderr", "eval/rewards/margins")
-    rows = {key: summary[key] for key in ("state", "step", "trainable", "change/norm", "change/effective_rank")}
-    rows |= {name: summary["metrics"][name] for name in names if name in summary["metrics"]}
-    rows |= {f"constraint/{c}/{key}": v for c, report in summary["constraint"].items() for key, v in report.items()}
+    names = (
+        "objective/attained",
+        "eval/loss",
+        "eval/rewards/accuracies",
+        "eval/rewards/accuracies_stderr",
+        "eval/rewards/margins",
+    )
+    common = ("state", "step", "reference", "trainable", "change/norm", "change/effective_rank")
+    rows = {key: summary[key] for key in common if key in summary}  # a task has no more than its metrics
+    rows |= summary["metrics"] if "step" not in summary else {}
+    rows |= {name: value for name in names if (value := summary["metrics"].get(name, math.nan)) == value}
+    rows |= {
+        f"constraint/{c}/{key}": v for c, report in summary.get("constraint", {}).items() for key, v in report.items()
+    }
     summary_table(rows | {"directory": str(folder)}, title=folder.name)
 
 
@@ -129,16 +95,15 @@ def main() -> None:
         print(_help())
         return
     sys.argv[1:] = _with_model_group(sys.argv[1:])
-    sweep = bool({"-m", "--multirun"} & set(sys.argv[1:]))
     try:
         _job()
     except Exception as error:
         if os.environ.get("CDPO_DEBUG") == "1":
             raise
-        code = _explain(error, quiet=sweep and bool(OUTCOMES))
-        sys.exit(_sweep_table() if sweep and OUTCOMES else code)
-    if sweep and OUTCOMES:
-        sys.exit(_sweep_table())
+        code = _explain(error, quiet=bool(sweeps()))
+        sys.exit(end() if sweeps() else code)
+    if sweeps():
+        sys.exit(end())
 
 
 def _help() -> str:
@@ -180,8 +145,9 @@ def _explain(error: Exception, quiet: bool) -> int:
         message, code = str(error), ConfigError.exit_code
     else:
         message, code = f"{type(error).__name__}: {error} (CDPO_DEBUG=1 shows the traceback)", 1
-    if not quiet:
-        print(f"cdpo-train: {message}", file=sys.stderr)
+    rank = place().rank
+    if not quiet and not (rank and rank_0_says(error)):
+        print(f"cdpo-train: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr)
     return code
 
 
@@ -200,16 +166,14 @@ def _composition(error: Exception) -> str:
     if isinstance(inner, ConfigAttributeError) and key and parent is not None:
         known = [str(name) for name in parent]
         return f"unknown key {key}{config.nearest(str(inner.key), known)}; there are {', '.join(known)}"
+    if absent := re.match(r"Could not override '(constraint\.(\w+)\.[\w.]+)'", str(error)):
+        key, choice = absent.groups()
+        options = sorted(path.stem for path in (config.CONF / "constraint").glob("*.yaml"))
+        if choice in options:
+            return f"{key} is set, but constraint={choice} is not chosen: add constraint={choice}, or leave the key out"
+        near = config.nearest(choice, options)
+        return f"{key} is set, but no constraint is called {choice}{near}; there are {', '.join(options)}"
     return str(error).strip().splitlines()[0]
-
-
-def _sweep_table() -> int:
-    """One line per run; returns 0 if all are done, 75 if the sweep was asked to stop, else 1."""
-    from cdpo.progress import summary_table
-
-    summary_table({folder.name: ending[:100] for folder, ending, _ in OUTCOMES}, title=f"{len(OUTCOMES)} runs")
-    failures = {code for _, _, code in OUTCOMES if code}
-    return Preempted.exit_code if failures == {Preempted.exit_code} else int(bool(failures))
 
 
 if __name__ == "__main__":

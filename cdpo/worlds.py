@@ -30,7 +30,7 @@ from cdpo.rows import (
 )
 
 LETTERS = string.ascii_lowercase + string.ascii_uppercase + string.digits
-GENERATED = ("prompts", "alphabet", "length", "reward_scale", "reference_scale", "world_seed")
+GENERATED = ("prompts", "alphabet", "length", "reward_scale", "reference_scale", "reference_alignment", "world_seed")
 MAX_PAIRS = 1_000_000  # held in memory; beyond it a world is no longer a toy
 OUTSIDE = 30.0  # nats below the least likely candidate: symbols that a prompt does not offer
 
@@ -59,10 +59,12 @@ class Bandit(Limits):
     length: int = 1  # letters per response: K = alphabet ** length
     reward_scale: float = 1.5  # standard deviation of the rewards, in nats of Bradley-Terry log-odds
     reference_scale: float = 1.0  # standard deviation of the reference's logits; 0 is uniform
+    reference_alignment: float = 0.0  # correlation of those logits with the rewards, in [-1, 1]; length=1 only
     world_seed: int = 0  # the world, apart from the run's seed, so that seeds compare on one world
     preferences: Literal["exact", "sampled"] = "exact"
     pairs: int | None = None  # draws, if sampled
     eval_pairs: int | None = None  # draws of an independent held-out sample, if sampled; null: the exact preferences
+    label_noise: float = 0.0  # share of training labels that are flipped, below 1/2; held-out labels are clean
     sampling: Literal["reference", "uniform"] = "reference"  # where y1 and y2 come from
     path: str | None = None  # JSON file with prompts, responses, rewards and perhaps reference_logits
 
@@ -82,6 +84,13 @@ class Bandit(Limits):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"dataset.{name}={getattr(self, name)}: choose a finite number, 0 or more")
 
+        if not -1 <= self.reference_alignment <= 1:
+            raise ConfigError(f"dataset.reference_alignment={self.reference_alignment}: choose it in [-1, 1]")
+        if self.reference_alignment and self.length > 1:
+            raise ConfigError("dataset.reference_alignment needs dataset.length=1: longer responses share their logits")
+        if not 0 <= self.label_noise < 0.5:
+            raise ConfigError(f"dataset.label_noise={self.label_noise}: choose a share of flips in [0, 0.5)")
+
     def load(self, seed: int) -> Data:
         """Rows of one prompt with all K responses, their rewards and pairs. `seed` draws preferences, not the world.
 
@@ -90,9 +99,10 @@ class Bandit(Limits):
         world = self._generate() if self.path is None else read_world(Path(self.path))
         self._check_size(len(world.prompts), max(map(len, world.responses)))
         exact = [self._exact_pairs(world, x) for x in range(len(world.prompts))]
-        train = held_out = exact
+        held_out = exact
+        train = [[flipped(pair, self.label_noise) for pair in pairs] for pairs in exact]
         if self.pairs is not None:
-            train = sample(exact, self.pairs, Random(f"train pairs {seed}"))
+            train = sample(train, self.pairs, Random(f"train pairs {seed}"))
         if self.eval_pairs is not None:
             held_out = sample(exact, self.eval_pairs, Random(f"eval pairs {seed}"))
         ledger = Ledger(rows=len(exact), kept=len(exact))
@@ -102,15 +112,22 @@ class Bandit(Limits):
     def _generate(self) -> World:
         self._check_size(self.prompts, self.alphabet**self.length)  # before it is enumerated
         letters = list(LETTERS[: self.alphabet])
-        logits, rewards = Random(f"logits {self.world_seed}"), Random(f"rewards {self.world_seed}")
+        logits, drawn = Random(f"logits {self.world_seed}"), Random(f"rewards {self.world_seed}")
         table = [
             [self.reference_scale * logits.gauss(0, 1) for _ in letters] for _ in range(self.alphabet + self.prompts)
         ]
+        if self.length == 1:  # nothing follows a letter; a weight that means nothing should have no norm to decay
+            table[: self.alphabet] = [[0.0] * self.alphabet for _ in letters]
         words = list(itertools.product(range(self.alphabet), repeat=self.length))
+        rewards = [[drawn.gauss(0, 1) for _ in words] for _ in range(self.prompts)]  # standard normal
+        if right := self.reference_alignment:
+            rest = math.sqrt(1 - right**2)
+            for row, aim in zip(table[self.alphabet :], rewards):
+                row[:] = [rest * logit + right * self.reference_scale * z for logit, z in zip(row, aim)]
         return World(
             prompts=[f"p{x:0{max(2, len(str(self.prompts - 1)))}d} " for x in range(self.prompts)],
             responses=[["".join(letters[i] for i in word) for word in words]] * self.prompts,
-            rewards=[[self.reward_scale * rewards.gauss(0, 1) for _ in words] for _ in range(self.prompts)],
+            rewards=[[self.reward_scale * z for z in row] for row in rewards],
             reference=[[chain(table, self.alphabet + x, word) for word in words] for x in range(self.prompts)],
             table=table,
             symbols=letters,
@@ -140,6 +157,11 @@ class Bandit(Limits):
             Row(f"{name}:{x + 1}", prompt, world.responses[x], pairs[x], world.rewards[x], complete=False)
             for x, prompt in enumerate(world.prompts)
         ]
+
+
+def flipped(pair: Pair, share: float) -> Pair:
+    """The pair with that share of its labels flipped: p -> (1 - share) p + share (1 - p)."""
+    return pair._replace(preference=(1 - share) * pair.preference + share * (1 - pair.preference))
 
 
 def sample(exact: list[list[Pair]], n: int, random: Random) -> list[list[Pair]]:

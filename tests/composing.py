@@ -7,7 +7,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from cdpo import config
+from cdpo import config, train  # noqa: F401  # train registers the resolvers
 
 
 def composed(*overrides: str) -> dict[str, Any]:

@@ -137,3 +137,27 @@ def test_scaling_keeps_the_factor_that_started_at_random(name, random_factor):
     after = dict(model.named_parameters())
     assert before
     assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_at_start_the_policy_is_the_reference_and_afterwards_all_is_as_it_was(trained):
+    change, _ = trained
+    model = change.model
+    adapted = list(change.adapted.values())
+    if adapted:  # a factor that something else keeps fixed stays fixed
+        next(p for name, p in adapted[0].named_parameters() if "lora" in name).requires_grad_(False)
+    before = {name: (p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
+    ids = torch.tensor([[1, 2, 3]])
+
+    def logits():
+        with torch.no_grad():
+            return model(input_ids=ids, use_cache=False).logits
+
+    moved_logits = logits()
+    with change.at_start():
+        start = logits()
+    assert not torch.equal(start, moved_logits)
+    assert torch.equal(logits(), moved_logits)
+    for name, parameter in model.named_parameters():
+        value, trains = before[name]
+        assert torch.equal(parameter, value)
+        assert parameter.requires_grad == trains

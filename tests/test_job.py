@@ -18,7 +18,7 @@ from composing import composed
 from safetensors.torch import load_file
 
 from cdpo import checkpoint, config, engine, job
-from cdpo.errors import ConfigError, NumericsError, Preempted
+from cdpo.errors import ConfigError, DataError, NumericsError, Preempted
 
 CONSTRAINTS = sorted(path.stem for path in (config.CONF / "constraint").glob("*.yaml"))
 TIMES = {"tokens_per_second", "pairs_per_second"}
@@ -162,7 +162,7 @@ def gradient_of(settings: dict, folder: Path, monkeypatch: pytest.MonkeyPatch) -
     found = []
 
     def first(run):
-        engine._gradient(run, [tuple(i) for i in run.plan[0]])
+        engine._gradient(run, run.plan.chosen(0), first=True)
         found.append(torch.cat([p.grad.flatten() for p in run.parameters]).clone())
         raise Preempted("enough")
 
@@ -214,7 +214,7 @@ def test_nan_stops_the_run_before_the_optimizer_steps(where, tmp_path, monkeypat
     settings = composed(*SMALL)
     real = engine._gradient
 
-    def poisoned(run, batches):
+    def poisoned(run, batches, first):
         if run.state.step == 5:
             if where == "weight":
                 run.parameters[-1].data.fill_(math.nan)
@@ -224,7 +224,7 @@ def test_nan_stops_the_run_before_the_optimizer_steps(where, tmp_path, monkeypat
                 run.parameters[0].register_hook(lambda gradient: gradient * math.inf)
             else:
                 object.__setattr__(run.loss, "beta", math.nan)
-        return real(run, batches)
+        return real(run, batches, first)
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "_gradient", poisoned)
@@ -280,6 +280,25 @@ def test_changed_data_is_refused_on_resume(tmp_path, monkeypatch):
     (tmp_path / "run" / "inputs.json").unlink()  # the checkpoint knows its data by itself
     with pytest.raises(ConfigError, match="the data or its tokens"):
         job.run(settings, tmp_path / "run")
+
+
+def test_a_first_attempt_that_was_refused_does_not_block_its_directory(tmp_path):
+    """Neither a mended config nor mended data; an attempt with numbers does."""
+    path, folder = tmp_path / "pairs.jsonl", tmp_path / "run"
+    row = '{"prompt": "%d", "chosen": "b", "rejected": "c"}\n'
+    path.write_text("".join(row % i for i in range(20)))
+    base = [*(s for s in SMALL if not s.startswith("dataset.")), "dataset=jsonl", f"dataset.path={path}"]
+    with pytest.raises(DataError, match="needs rewards"):
+        job.run(composed(*base, "loss=rlhf"), folder)
+    path.write_text(path.read_text() + row % 20)
+    assert job.run(composed(*base, "loss=dpo"), folder)["state"] == "finished"
+    assert json.loads((folder / "config.json").read_text())["loss"]["_target_"].endswith(".DPO")
+    (folder / "status.json").write_text('{"state": "failed"}')
+    with pytest.raises(ConfigError, match="holds a run with beta="):
+        job.run(composed(*base, "loss=dpo", "beta=0.2"), folder)
+    (folder / "metrics.jsonl").unlink()
+    with pytest.raises(ConfigError, match="holds a run with beta="):  # it has checkpoints
+        job.run(composed(*base, "loss=dpo", "beta=0.2"), folder)
 
 
 def test_a_constraint_that_stops_training_is_told_in_the_summary(tmp_path):
@@ -368,7 +387,7 @@ def test_early_stopping_on_held_out_rows_needs_some(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("loss", "scale"), [("dpo", 0.1), ("wpo", 0.1), ("dpo_sft", 0.1), ("ipo", 1.0), ("sft", 1.0), ("simpo", 2.0)]
+    ("loss", "scale"), [("dpo", 0.1), ("wpo", 0.1), ("dpo_sft", 0.1), ("ipo", 0.1), ("sft", 0.1), ("simpo", 2.0)]
 )
 def test_logged_rewards_are_beta_times_the_log_ratio(loss, scale, tmp_path):
     job.run(composed(*SMALL, f"loss={loss}", "trainer.batch_size=null"), tmp_path / "run")

@@ -9,9 +9,11 @@ import cdpo
 
 PACKAGE = Path(cdpo.__file__).parent
 ABOVE_TO_BELOW = """
-    errors batch files losses candidates preemption progress lock metrics logger rows records formats data worlds
-    tokenise config packing attention logps reference model tabular change constraints optim checkpoint evaluate
-    run engine job train
+    errors rendezvous distributed batch files candidates losses objective diagnostics bradley_terry preemption progress
+    lock cache metrics logger
+    compressive_sensing rows records formats data worlds
+    tokenise tokens config packing attention head logps reference model tabular change constraints optim checkpoint
+    evaluate run engine job report sweep work local slurm status compose estimate train
 """
 ORDER = ABOVE_TO_BELOW.split()
 

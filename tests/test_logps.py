@@ -36,7 +36,7 @@ from transformers import (
     OPTConfig,
 )
 
-from cdpo import attention, logps
+from cdpo import attention
 from cdpo.batch import Item
 from cdpo.constraints.lora import LoRA
 from cdpo.logps import one_by_one, score, score_with_statistics
@@ -179,9 +179,8 @@ def test_a_response_does_not_see_its_siblings_or_other_items(models, name, kind)
 def test_eager_flex_attention_gives_the_numbers_of_the_plain_forward(models, name, monkeypatch):
     """What CUDA uses, run eagerly on the CPU, forward only. The compiled kernel itself is not run here."""
 
-    def trees_of(batch):
-        tree, branch = batch.tree[0], batch.branch[0]
-        return attention.Trees(torch.bincount(tree).tolist(), [], attention._block_mask(tree, branch))
+    def block_mask(trees):
+        return attention._block_mask(trees._tree, trees._branch)
 
     calls = []
 
@@ -189,7 +188,7 @@ def test_eager_flex_attention_gives_the_numbers_of_the_plain_forward(models, nam
         calls.append(1)
         return flex_attention(*args, **kwargs)
 
-    monkeypatch.setattr(logps, "trees_of", trees_of)
+    monkeypatch.setattr(attention.Trees, "block_mask", property(block_mask))
     monkeypatch.setattr(attention, "_compiled_flex", lambda: eager)
     model, other = models(name, "float32")
     with torch.no_grad():
@@ -208,7 +207,7 @@ def test_masks_are_the_definition():
         return tree[q] == tree[k] and k <= q and (branch[k] == 0 or branch[k] == branch[q])
 
     expected = torch.tensor([[sees(q, k) for k in range(n)] for q in range(n)])
-    blocks = torch.block_diag(*attention.trees_of(batch).masks)
+    blocks = torch.block_diag(*attention.Trees(batch).masks)
     assert torch.equal(blocks, expected)
     rule = attention._block_mask(batch.tree[0], batch.branch[0]).mask_mod
     one = torch.zeros((), dtype=torch.long)
@@ -218,7 +217,7 @@ def test_masks_are_the_definition():
 
 def test_what_would_be_ignored_is_refused():
     x = torch.randn(1, 2, 3, 8)
-    trees = attention.Trees([3], [torch.ones(1, 1, 3, 3, dtype=torch.bool)])
+    trees = attention.Trees(pack([Item([1, 2], [[3, 4], [5]], [])]))  # three tokens are encoded
     attention.tree_attention(None, x, x, x, None, trees=trees)
     for options in ({"softcap": 30.0}, {"sliding_window": 4}, {"s_aux": x}, {"position_bias": x}):
         with pytest.raises(ValueError, match="packed trees do not support"):
@@ -227,9 +226,9 @@ def test_what_would_be_ignored_is_refused():
         attention.tree_attention(None, x, x, x, torch.zeros(1, 1, 3, 3), trees=trees)
     with pytest.raises(ValueError, match="packed trees do not support"):
         attention.tree_attention(None, x, x, x, None)
-    on_cuda = attention.Trees([3], [], block_mask=object())
+    trees.block_mask = object()  # as on CUDA
     with pytest.raises(ValueError, match="dropout"):
-        attention.tree_attention(None, x, x, x, None, dropout=0.1, trees=on_cuda)
+        attention.tree_attention(None, x, x, x, None, dropout=0.1, trees=trees)
 
 
 @architectures

@@ -49,7 +49,7 @@ PRESETS = sorted(file.stem for file in (CONF / "loss").glob("*.yaml"))
 
 def composed(*overrides: str):
     with initialize_config_dir(str(CONF), version_base=None):
-        return compose(overrides=list(overrides)).loss
+        return compose(overrides=["+beta=0.1", *overrides]).loss
 
 
 def preset(name: str):
@@ -335,7 +335,12 @@ ORACLES = {
     EXPO: lambda L, r: -mp.log(r.w / (r.w + r.l)) + L.beta / 2 * (r.w / r.ref_w + r.l / r.ref_l - 2 - r.dw - r.dl),
     SFT: lambda L, r: -mp.log(r.w) / (r.nw if L.length_normalized else 1),
     WPO: lambda L, r: (
-        (r.w ** (1 / r.nw) * r.l ** (1 / r.nl) if L.weight == "per_token" else mp.exp(r.dw + r.dl))
+        {
+            "per_token": lambda: r.w ** (1 / r.nw) * r.l ** (1 / r.nl),
+            "importance": lambda: r.w * r.l / (r.ref_w * r.ref_l),
+            # on two candidates the policy is w / (w + l) and l / (w + l)
+            "candidates": lambda: r.w * r.l / (r.w + r.l) ** 2 / (r.ref_w * r.ref_l / (r.ref_w + r.ref_l) ** 2),
+        }[L.weight]()
         * ORACLES[type(L.loss)](L.loss, r)
     ),
     Sum: lambda L, r: sum(L.weights[name] * ORACLES[type(part)](part, r) for name, part in L.losses.items()),

@@ -39,8 +39,8 @@ def test_ranks_are_summed_before_the_division():
     theirs.add("b", torch.tensor([5.0]), torch.tensor([0.0]))
     theirs.add("a", torch.tensor([4.0, 4.0, 4.0]))
     tables = []
-    theirs.reduce(lambda table: tables.append(table) or table)
-    result = ours.reduce(lambda table: table + tables[0])
+    theirs.reduce(lambda sums: tables.append(sums) or [sums])
+    result = ours.reduce(lambda sums: [sums, tables[0]])
     assert result["a"] == 13 / 4
     assert math.isnan(result["b"])  # no weight at all
 

@@ -92,7 +92,7 @@ def built(tmp_path_factory):
 def test_the_wheel_carries_every_config(built):
     (wheel,) = built.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "conf").rglob("*.yaml")}
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "conf").rglob("*") if path.is_file()}
     assert {f"cdpo/{name}" for name in files} == {name for name in names if name.startswith("cdpo/conf/")}
     assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "cdpo").rglob("*.py")} <= names
     assert not [name for name in names if name.startswith(("tests/", "conf/", "launch/"))]

@@ -111,10 +111,14 @@ def test_without_a_reference_it_is_zero():
     assert pack([item]).reference.tolist() == [0.0, 0.0, 0.0]
 
 
-def test_rewards_need_all_items_to_have_them():
-    known, unknown = Item([1], [[2], [3]], [], [0.0, 0.0]), Item([1], [[2], [3]], [])
+def test_rewards_and_fitted_rewards_are_of_all_items_or_of_none():
+    known, unknown = Item([1], [[2], [3]], [], [0.0, 0.0]), Item([1], [[2], [3]], [], fitted=[1.0, 2.0])
     assert pack([known]).rewards.tolist() == [0.0, 0.0]
-    assert pack([known, unknown]).rewards is None
+    assert pack([known]).fitted is None
+    assert pack([unknown]).rewards is None
+    assert pack([unknown]).fitted.tolist() == [1.0, 2.0]
+    with pytest.raises(AssertionError, match="some Items of a batch have rewards"):
+        pack([known, unknown])
 
 
 @given(st.lists(st.integers(1, 30), max_size=40), st.integers(1, 60), st.randoms())

@@ -53,6 +53,8 @@ def test_one_signal_sets_the_flag_and_the_run_saves(child, number):
 def test_a_second_signal_exits_at_once(child, number):
     child.send_signal(signal.SIGTERM)
     assert child.stdout.readline() == "SIGTERM\n"
+    child.send_signal(signal.SIGTERM)  # at once: the same request
+    time.sleep(0.6)
     child.send_signal(number)
     assert child.wait(10) == 128 + number
     assert child.stderr.read().strip() == f"{number.name} after SIGTERM: exiting at once, without saving"

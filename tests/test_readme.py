@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
 FILES = {m[1]: text for _, text in BLOCKS if (m := re.match(r"(?:# @package.*\n)?# (mine/[\w/.]+)", text))}
-LINES = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+LINES = [line for kind, text in BLOCKS if kind == "sh" for line in text.replace("\\\n", " ").splitlines()]
 COMMANDS = [line for line in LINES if "cdpo-train" in line and "--help" not in line]
 
 
@@ -70,6 +70,7 @@ def mine(tmp_path, monkeypatch):
 def test_the_examples_are_there():
     assert sorted(FILES) == [
         "mine/constraint/norm_cap.yaml",
+        "mine/hydra/launcher/mysite.yaml",
         "mine/loss/squared.yaml",
         "mine/norm_cap.py",
         "mine/squared.py",
@@ -100,7 +101,7 @@ def test_the_sweep_has_as_many_runs_as_it_says():
 
 
 def test_the_first_screen_has_the_two_commands():
-    first, second = [line for line in LINES if "venv" in line]
+    first, second = [line for line in LINES if "-m venv" in line]
     assert README.index(second) < README.index("\n## ")
     assert "-m venv .venv" in first
     assert first.endswith("-e . && .venv/bin/cdpo-train")
@@ -137,7 +138,7 @@ def test_the_examples_train(line, mine):
 # ---------------------------------------------------------------------------------------------------- tables
 
 
-@pytest.mark.parametrize("group", ["model", "dataset", "loss", "constraint"])
+@pytest.mark.parametrize("group", ["model", "dataset", "loss", "constraint", "experiment"])
 def test_a_table_lists_every_option_of_its_group(group):
     told = [name for row in table(group) for name in quoted(row[0])]
     assert sorted(told) == sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
@@ -152,13 +153,38 @@ def test_optimizers_and_loggers():
 def test_defaults_are_the_ones_of_the_config():
     conf = yaml.safe_load((ROOT / "conf/config.yaml").read_text())
     there = {f"trainer.{key}": value for key, value in conf["trainer"].items()}
-    there |= {key: conf[key] for key in ("seed", "name", "output_root", "allow_targets")}
+    others = ("beta", "seed", "restart", "task", "name", "output_root", "cache_dir", "dry_run", "allow_targets")
+    there |= {key: conf[key] for key in others}
     told = {quoted(row[0])[0]: yaml.safe_load(row[1]) for row in table("trainer and the rest")}
     assert told == there
     chosen = {k: v for entry in conf["defaults"] if isinstance(entry, dict) for k, v in entry.items()}
     for group in ("model", "dataset", "loss", "constraint"):
         default = [quoted(row[0])[0] for row in table(group) if row[1].startswith("default")]
         assert default == ([chosen[group]] if isinstance(chosen[group], str) else chosen[group])
+
+
+def test_the_keys_of_the_launchers_are_the_ones_of_their_files():
+    told = {quoted(row[0])[0]: yaml.safe_load(row[1]) for row in table("hydra.launcher")}
+    there = {}
+    for name in ("local", "slurm"):
+        there |= yaml.safe_load((ROOT / f"conf/hydra/launcher/{name}.yaml").read_text())
+    del there["_target_"]
+    assert told == there
+
+
+@pytest.mark.parametrize(("name", "nodes"), [("slurm_node", 1), ("slurm_nodes", 2)])
+def test_presets_of_whole_nodes(name, nodes):
+    command = [sys.executable, "-m", "cdpo.train", f"hydra/launcher={name}", "--cfg", "hydra", "-p", "hydra.launcher"]
+    shown = yaml.safe_load(subprocess.run(command, capture_output=True, text=True).stdout)
+    assert (shown["nodes"], shown["tasks_per_node"], shown["gpus_per_node"], shown["partition"]) == (nodes, 8, 8, None)
+    assert f"`{name}`" in README or f"hydra/launcher={name}`" in README
+
+
+def test_a_launcher_of_your_own_site(mine):
+    command = ["-m", "cdpo.train", "--config-dir", "mine", "hydra/launcher=mysite", "--cfg", "hydra"]
+    done = subprocess.run([sys.executable, *command, "-p", "hydra.launcher"], capture_output=True, text=True)
+    shown = yaml.safe_load(done.stdout)
+    assert (shown["partition"], shown["timeout_min"], len(shown["setup"])) == ("gpu", 240, 2)
 
 
 def test_hub_names_are_the_ones_of_the_config():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 from peft import PeftModel
 
 from cdpo import attention
+from cdpo.change import Change
 from cdpo.constraints.lora import LoRA
 from cdpo.errors import ConfigError
-from cdpo.evaluate import generations
+from cdpo.evaluate import generations, sampled_kl
 from cdpo.logps import one_by_one, score
 from cdpo.model import export
 from cdpo.packing import pack
@@ -156,9 +158,41 @@ def test_samples_have_the_policys_frequencies():
 def test_samples_are_written_as_text():
     data, tokenizer, model, items = bandit()
     layout_for(model, items, "trees")
-    rows = list(generations(model, tokenizer, Scored(items, False, torch.device("cpu")), 3, 2, 0))
-    assert [row["prompt"].strip() for row in rows] == [prompt.strip() for prompt in data.prompts[:3]]
-    assert all(set(row["response"].replace(" ", "")) <= set("".join(data.symbols)) for row in rows)
+    found = list(generations(model, Scored(items, False, torch.device("cpu")), 3, 2, 0))
+    assert [item.prompt for item in found] == [item.prompt for item in items[:3]]
+    assert all(len(item.responses[0]) == 2 for item in found)
+    assert all(set(tokenizer.decode(item.responses[0]).split()) <= set(data.symbols) for item in found)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_sampled_kl_agrees_with_the_exact_one(adapted):
+    """Three letters, each given the one before: the exact KL by the chain rule, in NumPy."""
+    _, _, model, items = bandit()
+    layout_for(model, items, "trees")
+    model = LoRA(rank=2).wrap(model) if adapted else model
+    change = Change(model)
+    start = np.array(model.get_input_embeddings().weight.detach())
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.7 * torch.randn_like(parameter)
+    table = start + np.array(dict(change.deltas())["table.weight"])
+    pi, ref = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (table, start))
+    step = (pi * np.log(pi / ref)).sum(1)  # KL of the next letter, given the last token
+    state = np.eye(len(pi))[items[0].prompt[-1]]
+    exact = 0.0
+    for _ in range(3):
+        exact += state @ step
+        state = np.append(state @ pi, np.zeros(len(pi) - pi.shape[1]))
+    prompts = Scored([items[0]] * 1500, False, torch.device("cpu"))
+    samples = Scored(list(generations(model, prompts, 1500, 3, 0)), False, torch.device("cpu"))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    ratio = sampled_kl(model, change, samples, 200)
+    assert abs(float(ratio.mean()) - exact) < 4 * float(ratio.std()) / 1500**0.5
+    assert float(ratio.std()) / 1500**0.5 < 0.1 * exact
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert {p.requires_grad for n, p in model.named_parameters() if "lora" in n or not adapted} == {True}
 
 
 def test_it_needs_a_world():

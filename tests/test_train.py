@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from cdpo import train
+from cdpo.sweep import OUTCOMES
 
 QUICK = ["logger=none", "model=tabular", "trainer.max_steps=3", "dataset.prompts=3", "dataset.alphabet=3"]
 
@@ -24,7 +25,7 @@ def cdpo_train(tmp_path, monkeypatch, capsys):
 
     def run(*arguments: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["cdpo-train", *arguments, f"output_root={tmp_path}/out"])
-        monkeypatch.setattr(train, "OUTCOMES", [])
+        OUTCOMES.clear()
         before = set(logging.getLogger().handlers)
         try:
             train.main()
@@ -51,6 +52,10 @@ def cdpo_train(tmp_path, monkeypatch, capsys):
         (["loss=dpoo"], 2, "loss=dpoo does not exist, did you mean dpo?"),
         (["constraint=lora_r9"], 2, "constraint=lora_r9 does not exist, did you mean lora_r8?"),
         (["constraint=[l2_ball,lora_r9]"], 2, "constraint=lora_r9 does not exist, did you mean lora_r8?"),
+        (["constraint.lora_r8.rank=2"], 2, "but constraint=lora_r8 is not chosen: add constraint=lora_r8, or leave"),
+        (["constraint.lora.rank=2"], 2, "no constraint is called lora, did you mean lora_r8?; there are bias_only, "),
+        (["experiment=theorie"], 2, "experiment=theorie does not exist, did you mean theory?; there are ball_sweep, "),
+        (["~model"], 2, "missing 1 required positional argument: 'model'"),
         (["optimizer.learning_rate=1e-4x"], 2, "optimizer.learning_rate='1e-4x'"),
         (["loss.beta=-1"], 2, "loss: beta=-1.0"),
         (["trainer.autocast=no"], 2, "autocast"),
@@ -81,6 +86,12 @@ def test_bad_input_ends_with_its_code_and_says_what_to_change(cdpo_train, tmp_pa
     assert found == code, text
     assert message in text
     assert "Traceback" not in text
+
+
+def test_without_its_task_an_experiment_trains(cdpo_train, tmp_path):
+    code, text = cdpo_train("experiment=compressive_sensing", "~task", *QUICK)
+    assert code == 0, text
+    assert json.loads((tmp_path / "out/compressive_sensing/summary.json").read_text())["steps"] == 3
 
 
 def test_bad_rows_are_named_with_file_and_line(cdpo_train, tmp_path):
@@ -115,15 +126,16 @@ def test_a_sweep_goes_on_after_a_failure_and_the_exit_code_tells(cdpo_train, tmp
     assert "8 runs" in text
 
 
-def test_a_sweep_twice_trains_nothing_twice(cdpo_train, tmp_path, monkeypatch):
+def test_a_sweep_twice_trains_nothing_twice(cdpo_train, tmp_path):
     arguments = ("-m", *QUICK, "loss=dpo,gaussian", "constraint=none,lora_r1,l2_ball")
     assert cdpo_train(*arguments)[0] == 0
     folders = sorted((tmp_path / "out").glob("*/summary.json"))
     assert len(folders) == 6
-    from cdpo import engine
-
-    monkeypatch.setattr(engine, "_step", lambda run: pytest.fail("trained again"))
-    assert cdpo_train(*arguments)[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*-*/*")}
+    code, text = cdpo_train(*arguments)
+    assert code == 0
+    assert text.count("done before") == 6
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*-*/*")} == before
 
 
 def test_model_name_alone_chooses_the_hf_group():

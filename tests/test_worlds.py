@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from random import Random
 
+import numpy as np
 import pytest
 
 from cdpo.errors import ConfigError, DataError
@@ -213,3 +214,45 @@ def test_a_world_that_is_missing_or_too_large_is_refused():
         Bandit(path="nowhere.json").load(0)
     with pytest.raises(ConfigError, match="more than 1,000,000 pairs"):
         Bandit(alphabet=8, length=12).load(0)
+
+
+def test_label_noise_flips_training_labels_only():
+    clean, noisy = (Bandit(prompts=2, label_noise=noise).load(0) for noise in (0.0, 0.2))
+    for before, after in zip(clean.train, noisy.train):
+        for one, other in zip(before.pairs, after.pairs):
+            assert other.preference == pytest.approx(0.8 * one.preference + 0.2 * (1 - one.preference))
+            assert other[:2] + other[3:] == one[:2] + one[3:]
+    assert noisy.eval == clean.eval
+    drawn = Bandit(prompts=1, alphabet=2, reward_scale=0, label_noise=0.0, preferences="sampled", pairs=4000).load(0)
+    assert sum(pair.weight for pair in drawn.train[0].pairs) == 4000
+
+
+def test_sampled_labels_are_flipped_at_the_rate_of_the_noise():
+    options = {"prompts": 1, "alphabet": 2, "reward_scale": 40, "preferences": "sampled", "pairs": 10_000}
+    row = Bandit(**options, label_noise=0.3).load(0).train[0]  # without noise, the better response always wins
+    best = max(range(2), key=lambda i: row.rewards[i])
+    lost = sum(pair.weight for pair in row.pairs if pair.loser == best)
+    assert lost / 10_000 == pytest.approx(0.3, abs=4 * (0.21 / 10_000) ** 0.5)
+
+
+@pytest.mark.parametrize("alignment", [-1.0, -0.6, 0.6, 1.0])
+def test_the_reference_is_aligned_with_the_rewards_as_asked(alignment):
+    world = Bandit(prompts=400, reference_alignment=alignment, reference_scale=2.0)._generate()
+    logits, rewards = np.array(world.table[8:]).ravel(), np.array(world.rewards).ravel()
+    assert np.corrcoef(logits, rewards)[0, 1] == pytest.approx(alignment, abs=0.04)
+    assert logits.std() == pytest.approx(2.0, rel=0.05)
+    assert world.rewards == Bandit(prompts=400)._generate().rewards
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"label_noise": 0.5},
+        {"label_noise": -0.1},
+        {"reference_alignment": 1.1},
+        {"reference_alignment": 1, "length": 2},
+    ],
+)
+def test_noise_and_alignment_out_of_range(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        Bandit(**wrong)

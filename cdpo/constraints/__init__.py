@@ -25,6 +25,8 @@ class Constraint:
 
     #: why this constraint cannot be used with L-BFGS ("" if it can): its line search assumes one fixed smooth objective
     not_with_lbfgs: str = ""
+    #: why this constraint cannot be used with trainer.distributed=fsdp ("" if it can): the weights are DTensors there
+    not_with_fsdp: str = ""
 
     def conflict(self, other: Constraint) -> str:
         """Why this constraint cannot be combined with `other`, or "" if it can. Asked in both directions."""
@@ -72,10 +74,12 @@ class Constraint:
             setattr(self, name, value)
 
 
-def check(constraints: Mapping[str, Constraint], lbfgs: bool) -> None:
+def check(constraints: Mapping[str, Constraint], lbfgs: bool, fsdp: bool = False) -> None:
     """Raise ConfigError with the reason of every combination, by name, that cannot be used together."""
     barred = {name: c.not_with_lbfgs for name, c in constraints.items() if lbfgs and c.not_with_lbfgs}
     reasons = [f"{name} with optimizer=lbfgs: {reason}" for name, reason in barred.items()]
+    unsharded = {name: c.not_with_fsdp for name, c in constraints.items() if fsdp and c.not_with_fsdp}
+    reasons += [f"{name} with trainer.distributed=fsdp: {reason}" for name, reason in unsharded.items()]
     for (a, one), (b, other) in combinations(constraints.items(), 2):
         if reason := one.conflict(other) or other.conflict(one):
             reasons.append(f"{a} with {b}: {reason}")

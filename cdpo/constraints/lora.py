@@ -44,6 +44,8 @@ class LoRA(Constraint):
             raise ValueError(f"dropout={self.dropout}; choose it in [0, 1)")
         if not self.target_modules:
             raise ValueError("target_modules is empty; name modules, or choose all-linear")
+        if self.dora:
+            self.not_with_fsdp = "the norms of DoRA need the sharded weights whole; set dora=false"
         if self.dropout:
             self.not_with_lbfgs = "its dropout makes the objective random; set dropout=0"
 

@@ -24,6 +24,8 @@ class SparseTopK(Projection):
     k: int | None = None  # how many weights may differ
     fraction: float | None = None  # or their share of the trained weights, rounded down, at least one
 
+    not_with_fsdp = "the largest of all changes must be looked for in one tensor; use trainer.distributed=ddp"
+
     def __post_init__(self) -> None:
         if (self.k is None) == (self.fraction is None):
             raise ValueError("set either k or fraction")

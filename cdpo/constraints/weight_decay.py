@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cdpo.constraints import Constraint
+from cdpo.distributed import whole
 from cdpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,5 +47,5 @@ class WeightDecay(Constraint):
 
     def report(self) -> dict[str, float]:
         """`norm`: L2 norm of the decayed weights, which is what is being pulled to zero."""
-        norms = [torch.linalg.vector_norm(parameter.detach()).double() for parameter in self.decayed]
+        norms = [whole(torch.linalg.vector_norm(parameter.detach())).double() for parameter in self.decayed]
         return {"binds": float(bool(norms)), "norm": math.hypot(*map(float, norms))}

@@ -40,8 +40,9 @@ def per_unit(loss: Loss, logps: Logps) -> Tensor:
 
 def check_finite(logps: Logps) -> None:
     """Raise NumericsError, naming the first rows, if a log-prob is NaN or infinite."""
-    broken = (~(logps.policy.isfinite() & logps.reference.isfinite())).nonzero().flatten().tolist()
-    if broken:
+    finite = logps.policy.isfinite() & logps.reference.isfinite()
+    if not finite.all():
+        broken = (~finite).nonzero().flatten().tolist()
         rows = "; ".join(describe(logps, s) for s in broken[:SHOWN]) + ("; ..." if len(broken) > SHOWN else "")
         raise NumericsError(f"{len(broken)} of {len(logps.policy)} responses have a NaN or infinite log-prob: {rows}")
 

@@ -9,8 +9,9 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from cdpo.batch import Logps
+from cdpo.candidates import candidate_log_ratio
 from cdpo.losses import Loss
-from cdpo.losses.numerics import EXP_BOUND
+from cdpo.losses.numerics import EXP_BOUND, check_choice
 
 
 @dataclass(frozen=True)
@@ -23,20 +24,25 @@ class WPO:
 
     loss: Loss
     """the pair loss"""
-    weight: Literal["per_token", "importance"] = "per_token"
+    weight: Literal["per_token", "importance", "candidates"] = "per_token"
     """per_token: product of the mean token probabilities (geometric); importance: product of pi_theta / pi_ref, at most
-    exp(30), which moves pairs that were drawn from the reference onto the policy"""
+    exp(30), which moves pairs that were drawn from the reference onto the policy; candidates: the same with policy and
+    reference renormalised on each Item's responses, for pairs that the reference drew from these"""
     unit: ClassVar[Literal["pair"]] = "pair"
 
     def __post_init__(self) -> None:
         check_pair_loss("loss", self.loss)
-        if self.weight not in ("per_token", "importance"):
-            raise ValueError(f"weight={self.weight} must be per_token or importance")
+        check_choice("weight", self.weight, "per_token", "importance", "candidates")
 
     def __call__(self, logps: Logps) -> Tensor:
-        log_prob = logps.policy / logps.length if self.weight == "per_token" else logps.log_ratio()
-        chosen, rejected = logps.of_pairs(log_prob.detach())
+        chosen, rejected = logps.of_pairs(self.log_weight(logps).detach())
         return (chosen + rejected).clamp(max=EXP_BOUND).exp() * self.loss(logps)
+
+    def log_weight(self, logps: Logps) -> Tensor:
+        """Logarithm of a response's factor of the weight. [S]"""
+        if self.weight == "per_token":
+            return logps.policy / logps.length
+        return candidate_log_ratio(logps) if self.weight == "candidates" else logps.log_ratio()
 
 
 @dataclass(frozen=True)

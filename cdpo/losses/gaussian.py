@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cdpo.batch import Logps
-from cdpo.losses.numerics import check_positive, exp_or_tangent
+from cdpo.losses.numerics import check_choice, check_positive, exp_or_tangent
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,3 @@ def variational(log_snr: Tensor) -> Tensor:
     root = 0.5 * torch.logaddexp(log_snr, log_snr.new_tensor(math.log(4)))
     a = torch.logaddexp(0.5 * log_snr, root) - math.log(2)
     return 2 * a - torch.expm1(-2 * a)
-
-
-def check_choice(name: str, value: str | None, *choices: str | None) -> None:
-    """Raise ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name}={value} must be one of {', '.join(map(str, choices))}")

@@ -34,3 +34,9 @@ def check_range(name: str, value: float, below: float) -> None:
     """Raise ValueError unless 0 <= value < below."""
     if not 0 <= value < below:
         raise ValueError(f"{name}={value} must be at least 0 and below {below}")
+
+
+def check_choice(name: str, value: str | None, *choices: str | None) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}={value} must be one of {', '.join(map(str, choices))}")

@@ -1,0 +1,239 @@
+"""Log-probs of tokens straight from hidden states: a slice of the vocabulary at a time, never all logits at once.
+
+What the head costs is then its matrix products: three where one slice is all (forward, and two backward), and one
+more, the slice computed again, for all slices but the last. A frozen head needs two, and keeps nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+CHUNK = 1 << 26  # bytes of logits that are alive at most
+PROBES = (-40.0, -1.0, 0.25, 1.0, 40.0)  # logits at which a model is asked what it makes of them
+
+
+class Shape(NamedTuple):
+    """What a model does to the logits of its head: cap * tanh(logit * scale / cap), without cap logit * scale."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """In place."""
+        logits = logits if self.scale == 1 else logits.mul_(self.scale)
+        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+
+
+PLAIN = Shape()
+
+
+class Tokens(NamedTuple):
+    """Of N tokens at M positions; entropy and logit only where asked for, and without gradient."""
+
+    logp: Tensor  # [N] nats
+    entropy: Tensor | None  # [M]; of the next-token distribution, nats
+    logit: Tensor | None  # [M]; mean over the vocabulary
+
+
+class _LogProbs(torch.autograd.Function):
+    """z = shape(h W' + b) at M positions; log softmax(z)[row, target] for N tokens. See `token_logps`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor, target: Tensor, shape: Shape,
+        statistics: bool, dtype: torch.dtype, backward: bool,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        h, count = hidden.to(dtype), len(hidden)
+        top, total, first, dot = (h.new_zeros(count, dtype=wide) for _ in range(4))
+        top.fill_(-torch.inf)
+        token = h.new_empty(len(row), dtype=wide)
+        trained = ctx.needs_input_grad[1] or (bias is not None and ctx.needs_input_grad[2])
+        frozen = backward and not trained and shape.cap is None
+        mean = h.new_zeros(hidden.shape, dtype=wide) if frozen else None  # expected row of the weight
+        slices, buffer = _slices(count, weight, wide)
+        for a, b in slices:
+            w = weight[a:b].to(dtype)
+            z = shape(_logits(h, w, bias, a, b, buffer))
+            inside, at = _within(target, a, b)
+            torch.where(inside, z[row, at], token, out=token)
+            if statistics:
+                first += z.sum(-1)
+            before, top = top, torch.maximum(top, z.amax(-1))
+            rescale: Tensor = (before - top).exp_()
+            rescale.masked_fill_(top == -torch.inf, 0)  # every logit so far is -inf
+            shift = top.masked_fill(top == -torch.inf, 0)
+            if statistics:
+                dot = dot.mul_(rescale).add_(_exp_and_dot(z, shift))
+            else:
+                z.sub_(shift[:, None]).exp_()
+            total = total.mul_(rescale).add_(z.sum(-1))
+            if mean is not None:
+                mean.mul_(rescale[:, None]).add_(z.to(dtype) @ w)
+        logsum = top + total.log()
+        if backward:
+            kept = (buffer, top - logsum) if trained and shape.cap is None else None
+            ctx.kept, ctx.shape, ctx.dtype = kept, shape, dtype
+            expected = None if mean is None else mean.div_(total[:, None])
+            ctx.save_for_backward(hidden, weight, bias, row, target, logsum, expected)
+        token -= logsum[row]
+        out = (logsum - dot / total, first / len(weight)) if statistics else (None, None)
+        ctx.mark_non_differentiable(*(x for x in out if x is not None))
+        return token, *out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, bias, row, target, logsum, expected = ctx.saved_tensors
+        dtype, rest = ctx.dtype, (None,) * 6
+        position = logsum.new_zeros(len(hidden)).index_add_(0, row, gradient)  # of the gradients at one position
+        if expected is not None:
+            own = (gradient[:, None] * ctx.shape.scale) * weight[target]
+            d_hidden = (expected * (-ctx.shape.scale * position)[:, None]).index_add_(0, row, own.to(expected.dtype))
+            return d_hidden.to(hidden.dtype), None, None, *rest
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        h = hidden.to(dtype)
+        d_hidden = logsum.new_zeros(hidden.shape) if needs_hidden else None
+        d_weight = torch.empty_like(weight) if needs_weight else None
+        d_bias = torch.empty_like(bias) if needs_bias else None
+        slices, buffer = _slices(len(h), weight, logsum.dtype, *(ctx.kept[:1] if ctx.kept else ()))
+        kept, ctx.kept = ctx.kept, None  # it is overwritten: a second pass would compute it again
+        for a, b in reversed(slices):
+            w = weight[a:b].to(dtype)
+            slope = None
+            if kept:
+                dz = _view(buffer, len(h), b - a).mul_((-position * kept[1].exp())[:, None])
+                kept = None
+            else:
+                dz = ctx.shape(_logits(h, w, bias, a, b, buffer))
+                if ctx.shape.cap is not None:
+                    slope = 1 - (dz / ctx.shape.cap).square_()
+                dz.sub_(logsum[:, None]).exp_().mul_(-position[:, None])
+            inside, at = _within(target, a, b)
+            dz.index_put_((row, at), gradient.where(inside, 0), accumulate=True)
+            if slope is not None:
+                dz.mul_(slope)
+            dz = (dz if ctx.shape.scale == 1 else dz.mul_(ctx.shape.scale)).to(dtype)
+            if d_hidden is not None:
+                d_hidden.addmm_(dz, w) if dtype == d_hidden.dtype else d_hidden.add_(dz @ w)
+            if d_weight is not None:
+                torch.mm(dz.T, h, out=d_weight[a:b]) if dtype == weight.dtype else d_weight[a:b].copy_(dz.T @ h)
+            if d_bias is not None:
+                d_bias[a:b] = dz.sum(0)
+        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, *rest
+
+
+def _slices(count: int, weight: Tensor, dtype: torch.dtype, buffer: Tensor | None = None) -> tuple[list, Tensor]:
+    """Even slices of the vocabulary whose logits at `count` positions take CHUNK bytes at most, and room for one."""
+    vocabulary = len(weight)
+    pieces = -(-vocabulary * count * dtype.itemsize // CHUNK) or 1
+    width = -(-vocabulary // pieces)
+    if buffer is None:
+        buffer = torch.empty(count * width, dtype=dtype, device=weight.device)
+    return [(a, min(a + width, vocabulary)) for a in range(0, vocabulary, width)], buffer
+
+
+def _view(buffer: Tensor, rows: int, columns: int) -> Tensor:
+    return buffer[: rows * columns].view(rows, columns)
+
+
+def _logits(h: Tensor, w: Tensor, bias: Tensor | None, a: int, b: int, buffer: Tensor) -> Tensor:
+    """Of tokens a to b of the vocabulary, written into `buffer`. [M, b - a]"""
+    z = _view(buffer, len(h), b - a)
+    if bias is not None:
+        return z.copy_(torch.addmm(bias[a:b].to(h.dtype), h, w.T))
+    return torch.mm(h, w.T, out=z) if h.dtype == z.dtype else z.copy_(h @ w.T)
+
+
+def _exp_and_dot(z: Tensor, shift: Tensor) -> Tensor:
+    """Turn z into e = exp(z - shift), in place; returns the sums of e * z, without a second copy of z. [M, v] -> [M]"""
+    rows = len(z) if z.is_cuda else max(1, (1 << 17) // z.shape[1])  # few enough to stay in the CPU's cache
+    sums = []
+    for part, by in zip(z.split(rows), shift.split(rows)):
+        e = (part - by[:, None]).exp_()
+        sums.append(torch.bmm(e[:, None], part.clamp_(min=torch.finfo(z.dtype).min)[:, :, None]))  # not 0 * -inf
+        part.copy_(e)
+    return torch.cat(sums).flatten()
+
+
+def _within(target: Tensor, a: int, b: int) -> tuple[Tensor, Tensor]:
+    """Which targets lie in a slice, and where in it; nothing here waits for a GPU. 2 x [N]"""
+    return (target >= a) & (target < b), (target - a).clamp(0, b - a - 1)
+
+
+def token_logps(
+    hidden: Tensor, head: nn.Linear, row: Tensor, target: Tensor, shape: Shape = PLAIN, statistics: bool = False
+) -> Tokens:
+    """Log-probs of the N tokens `target`, predicted at `row` [N] of the M positions of `hidden` [M, width].
+
+    Logits are computed in the head's dtype, or autocast's, then float32 or better, as a forward pass would. Backward
+    goes through once; derivatives of derivatives are not available.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    backward = torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad)
+    with torch.autocast(device, enabled=False):
+        found = _LogProbs.apply(hidden, head.weight, head.bias, row, target, shape, statistics, dtype, backward)
+    return Tokens(*found)
+
+
+_SHAPES: WeakKeyDictionary[nn.Linear, Shape | None] = WeakKeyDictionary()
+
+
+def linear_head(model: nn.Module) -> nn.Linear | None:
+    """The head if it is a plain matrix that nothing else listens to; an adapted or compiled one is not."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if get is not None else None
+    hooked = head is not None and (head._forward_hooks or head._forward_pre_hooks)
+    compiled = getattr(model, "_compiled_call_impl", None) is not None
+    known = head is None or _SHAPES.get(head, PLAIN) is not None
+    return head if type(head) is nn.Linear and known and not hooked and not compiled else None
+
+
+@contextmanager
+def forward_is(module: nn.Module, instead: Callable[..., Any]) -> Iterator[None]:
+    """Within the block a call of `module` does `instead`; the hooks around its forward pass stay."""
+    before = module.__dict__.get("forward")
+    module.forward = instead  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+@contextmanager
+def left_out(head: nn.Linear) -> Iterator[list[Tensor]]:
+    """Within the block the model's forward pass leaves out its head: its input is kept, PROBES are its output."""
+    kept: list[Tensor] = []
+
+    def instead(hidden: Tensor) -> Tensor:
+        kept.append(hidden)
+        return hidden.new_tensor(PROBES).expand(*hidden.shape[:-1], -1)
+
+    with forward_is(head, instead):
+        yield kept
+
+
+def shape_of(model: Any, head: nn.Linear, probed: Tensor) -> Shape | None:
+    """What `model` makes of the logits of its head: of PROBES it made `probed`. None if that is none of the known.
+
+    Found out once per head, by numbers and not by the names of architectures.
+    """
+    if head not in _SHAPES:
+        found = probed.detach().flatten(0, -2)[0].double().cpu()
+        cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        scale = float(found[PROBES.index(1.0)]) if len(found) == len(PROBES) else math.nan
+        shape = Shape(cap=float(cap)) if cap else Shape(scale)
+        expected = shape(torch.tensor(PROBES, dtype=torch.float64))
+        precision = 8 * torch.finfo(probed.dtype).eps
+        same = found.shape == expected.shape and torch.allclose(found, expected, rtol=precision, atol=precision)
+        _SHAPES[head] = shape if same else None
+    return _SHAPES[head]

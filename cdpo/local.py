@@ -1,0 +1,119 @@
+"""The runs of a sweep on this machine, one process each: `python -m cdpo.local < PLAN`; an ended one is a line of JSON.
+
+This process imports what training needs, once, does nothing else, and forks; so a run starts at once, and one that is
+killed, or kills itself, leaves the others alone.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def main() -> None:
+    """Plan on stdin: {"files": of tasks, "jobs": in the whole sweep, "at_once": or null}. Lines: {"file", "code"}."""
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to count GPUs must not use one: a fork would break
+    import cdpo.job  # noqa: F401
+
+    plan = json.load(sys.stdin)
+    gpus = _gpus()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    at_once = plan["at_once"] or min(len(gpus) or cores, plan["jobs"])
+    Pool(at_once, gpus, max(1, cores // at_once)).run(plan["files"])
+
+
+def _gpus() -> list[str]:
+    """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES wants them."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+
+
+class Pool:
+    """At most `at_once` processes with `threads` each, the i-th on GPU i. A signal is passed on, and ends it all."""
+
+    def __init__(self, at_once: int, gpus: list[str], threads: int) -> None:
+        self.gpus, self.threads = gpus, threads
+        self.free, self.running, self.stopping = list(range(at_once)), dict[int, tuple[str, int]](), False
+
+    def run(self, files: list[str]) -> None:
+        """Do them all."""
+        for number in SIGNALS:
+            signal.signal(number, self._pass_on)
+        for file in files:
+            while not self.free:
+                self._reap()
+            if not self.stopping:
+                self._start(file, self.free.pop(0))
+        while self.running:
+            self._reap()
+
+    def _start(self, file: str, slot: int) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # none may come between the fork and its place in `running`
+        pid = os.fork()
+        if pid == 0:
+            _child(lambda: self._task(file, slot))
+        self.running[pid] = file, slot
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    def _task(self, file: str, slot: int) -> int:
+        from cdpo.sweep import read_task
+        from cdpo.work import carry_out
+
+        _write_to(read_task(Path(file))[0].directory / "output.log")
+        if self.gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
+        error = carry_out(Path(file), self.threads)
+        return getattr(error, "exit_code", 1) if error else 0
+
+    def _reap(self) -> None:
+        pid, status = os.wait()
+        file, slot = self.running.pop(pid)
+        self.free.append(slot)
+        try:
+            print(json.dumps({"file": file, "code": os.waitstatus_to_exitcode(status)}), flush=True)
+        except BrokenPipeError:  # whoever asked is gone
+            self._pass_on(signal.SIGTERM)
+
+    def _pass_on(self, number: int, *_: Any) -> None:
+        self.stopping = True
+        for pid in self.running:
+            os.kill(pid, number)
+
+
+def _write_to(path: Path) -> None:
+    """What this process prints, a crash's last words too, goes to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stream in (1, 2):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), stream)
+    faulthandler.enable()
+
+
+def _child(work: Callable[[], int]) -> None:
+    """Never returns: ends this process with the code of `work`."""
+    code = 1
+    try:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        code = work()
+        logging.shutdown()
+    except SystemExit as asked:
+        code = asked.code if isinstance(asked.code, int) else 1
+    finally:
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

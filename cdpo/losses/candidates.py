@@ -1,0 +1,85 @@
+"""Losses of whole candidate sets: RLHF itself, exactly, and the regression that has its gradient.
+
+The policy and the reference are renormalised on each Item's K responses (`cdpo.candidates`), so every expectation over
+responses is a finite sum. Rewards are the data's own, or fitted to its preferences (`cdpo.bradley_terry`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from cdpo.batch import Logps
+from cdpo.candidates import candidate_log_ratio, count_items, log_softmax_by_item, sum_by_item
+from cdpo.errors import ConfigError
+from cdpo.losses.numerics import check_positive
+
+
+@dataclass(frozen=True)
+class OnCandidates:
+    """What the losses here share: f(k) = beta * log(pi(k) / pi_ref(k)) - r(k) is constant over k at the optimum."""
+
+    beta: float = 0.1
+    """strength of the KL regulariser"""
+    rewards: Literal["true", "fitted"] = "true"
+    """the data's own, or the Bradley-Terry maximum-likelihood fit to the preferences of all rows of the prompt"""
+    ridge: float = 0.0
+    """for fitted rewards: weight of sum r^2 / 2 beside the mean log-likelihood of connected pairs of a prompt"""
+    unit: ClassVar[Literal["item"]] = "item"
+
+    def __post_init__(self) -> None:
+        check_positive(beta=self.beta)
+        if self.rewards not in ("true", "fitted"):
+            raise ValueError(f"rewards={self.rewards} must be true or fitted")
+        if not 0 <= self.ridge < math.inf:
+            raise ValueError(f"ridge={self.ridge} must be a finite number, at least 0")
+        if self.ridge and self.rewards == "true":
+            raise ValueError(f"ridge={self.ridge} is not used with rewards=true; set ridge=0")
+
+    def shares(self, logps: Logps) -> tuple[Tensor, Tensor]:
+        """log pi(k), and f(k) up to a constant per Item. Raises ConfigError where rewards are missing. [S], [S]"""
+        rewards = logps.rewards if self.rewards == "true" else logps.fitted
+        if rewards is None:
+            raise ConfigError(f"{type(self).__name__} needs rewards, and {', '.join(logps.sources[:3])} have none")
+        policy = log_softmax_by_item(logps.policy, logps.item, count_items(logps))
+        return policy, self.beta * candidate_log_ratio(logps) - rewards
+
+
+@dataclass(frozen=True)
+class RLHF(OnCandidates):
+    """-J = beta * KL(pi || pi_ref) - E_pi[r], exact on each Item's candidates; no sampling, no baseline, no clipping.
+
+    The objective of Stiennon et al. 2020 (arXiv 2009.01325) and Ouyang et al. 2022 (arXiv 2203.02155). [I]
+    """
+
+    def __call__(self, logps: Logps) -> Tensor:
+        policy, f = self.shares(logps)
+        return sum_by_item(policy.exp() * f, logps.item, count_items(logps))
+
+
+@dataclass(frozen=True)
+class OnPolicyRegression(OnCandidates):
+    """E_{y1,y2 ~ sg(pi)} of (f(y1) - f(y2))^2 / 4, which is Var_sg(pi)(f) / 2: no gradient flows through the weights.
+
+    Its gradient is beta times that of RLHF, as grad KL(pi || pi*) = Cov_pi(log pi/pi*, grad log pi) (ours). What is
+    minimised is therefore not the squared error, whose weights move too, but beta (J* - J) = beta^2 KL(pi || pi*): that
+    is the value here, so that line searches and comparisons of restarts see what the gradient descends. [I]
+    """
+
+    def __call__(self, logps: Logps) -> Tensor:
+        policy, f = self.shares(logps)
+        item, items = logps.item, count_items(logps)
+        error = self.squared_error(policy.detach().exp(), f, item, items)
+        # f / beta is log(pi / pi*) up to a constant; renormalising -f / beta, with pi as prior, makes it pi* itself
+        optimum = log_softmax_by_item(policy - f / self.beta, item, items)
+        descended = self.beta**2 * sum_by_item(policy.exp() * (policy - optimum), item, items)
+        return error + (descended - error).detach()
+
+    @staticmethod
+    def squared_error(weight: Tensor, f: Tensor, item: Tensor, items: int) -> Tensor:
+        """Half the variance of f under `weight`, Item by Item. [S], [S], [S] -> [I]"""
+        mean = sum_by_item(weight * f, item, items)
+        return sum_by_item(weight * (f - mean[item]).square(), item, items) / 2

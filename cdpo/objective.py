@@ -1,0 +1,52 @@
+"""The RLHF objective J of a policy, exactly, on Items whose candidate responses have known rewards. After theory.md 2.
+
+J(pi) = E_pi[r] - beta * KL(pi || pi_ref), policy and reference renormalised on each Item's K responses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from cdpo.batch import Logps
+from cdpo.candidates import count_items, log_softmax_by_item, sum_by_item
+
+
+def objective(logps: Logps, beta: float) -> dict[str, Tensor]:
+    """J, its value at the reference and at the optimum pi* ~ pi_ref exp(r / beta), and what it is made of. name -> [I]
+
+    Rewards in their own units; kl (policy to reference) and kl_to_optimum (policy to pi*) in nats; tv_to_optimum in
+    [0, 1]. J_optimum - J = beta * kl_to_optimum. Needs logps.rewards.
+    """
+    assert logps.rewards is not None
+    item, items, rewards = logps.item, count_items(logps), logps.rewards.double()
+    policy = log_softmax_by_item(logps.policy.detach().double(), item, items)
+    reference = log_softmax_by_item(logps.reference.double(), item, items)
+    optimum = log_softmax_by_item(reference + rewards / beta, item, items)
+    pi = policy.exp()
+    expected, kl = (sum_by_item(pi * value, item, items) for value in (rewards, policy - reference))
+    return {
+        "J": expected - beta * kl,
+        "J_reference": sum_by_item(reference.exp() * rewards, item, items),
+        # log Z = log(ref(k) exp(r_k / beta) / pi*(k)) for every k; the mean under pi* is the stable way to say it
+        "J_optimum": sum_by_item(optimum.exp() * (rewards - beta * (optimum - reference)), item, items),
+        "kl": kl,
+        "expected_reward": expected,
+        "kl_to_optimum": sum_by_item(pi * (policy - optimum), item, items),
+        "tv_to_optimum": sum_by_item((pi - optimum.exp()).abs(), item, items) / 2,
+    }
+
+
+def attained(values: Mapping[str, float]) -> float:
+    """(J - J_reference) / (J_optimum - J_reference): 0 for the reference, 1 for the optimum; NaN if these are equal."""
+    best = values["J_optimum"] - values["J_reference"]
+    rounding = 1e-12 * max(1.0, abs(values["J_optimum"]), abs(values["J_reference"]))
+    return (values["J"] - values["J_reference"]) / best if best > rounding else float("nan")
+
+
+def means(table: Mapping[str, Tensor]) -> dict[str, float]:
+    """Means over the Items of what `objective` returned, and the share of the possible gain that is `attained`."""
+    values = dict(zip(table, torch.stack([column.mean() for column in table.values()]).tolist()))
+    return values | {"attained": attained(values)}

@@ -1,0 +1,202 @@
+"""The constraint gap, from the table of runs: attained by RLHF less attained by another loss, under one constraint.
+
+gap(loss, C) = attained(argmax of J on C) - attained(argmin of the loss on C), in shares of what J can gain without C.
+Runs of one problem and loss that differ in restart or optimizer are searches for one optimum: the lowest training
+objective counts. Pure functions of the labelled table (`cdpo.labels`); after Kong, Hu, He and Wipf (AISTATS 2025).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cdpo.report.labels import CONSTRAINT, LOSS, PENALTIES, Labelled, is_null, names, shown
+from cdpo.report.runs import CONFIG, DONE, METRIC
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RESAMPLES = 10_000
+TOLERANCE = 1e-9  # relative: a norm at the end of a curve is on it
+SIZES = {"weight_decay": "constraint/weight_decay/norm"}  # what a penalty makes small; else the norm of the change
+MEASURES = {  # column of a cell -> metric; means over seeds with standard errors
+    "attained": "objective/attained",
+    "expected_reward": "objective/expected_reward",
+    "kl": "eval/kl/candidates",
+    "accuracy": "eval/rewards/accuracies",
+    "margin": "eval/rewards/margins",
+    "eval_loss": "eval/loss",
+    "norm": "change/norm",
+}
+
+
+def best(labelled: Labelled) -> pd.DataFrame:
+    """The best search of every problem and loss, by training objective; only runs that went through count.
+
+    Adds `searches`, how many there were, and `spread`, how far apart they attained (NaN for one).
+    """
+    runs = labelled.runs[labelled.runs["state"].isin(DONE)].copy()
+    runs["rank"] = [_objective(row) for row in runs.to_dict("records")]
+    runs["attained"], runs["norm"] = _numbers(runs, MEASURES["attained"]), _penalised_norm(runs)
+    groups = runs.sort_values(["rank", "directory"]).groupby(["problem", LOSS], sort=False)
+    found = groups.head(1).set_index(["problem", LOSS], drop=False).rename_axis([None, None])
+    found["searches"] = groups.size()
+    found["spread"] = (groups["attained"].max() - groups["attained"].min()).where(groups["attained"].count() > 1)
+    return found.sort_values("directory").reset_index(drop=True)
+
+
+def with_gaps(kept: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `best`, with `ceiling`: attained by RLHF on the same problem; `gap`; `at_norm`; and `reason`.
+
+    `at_norm`: the constraint is a penalty, and RLHF is read off where it has the norm of the loss's run: at equal norm
+    both are optima on one ball. `reason` is why a gap is NaN, else "". RLHF itself has no gap.
+    """
+    found = kept.copy()
+    ceilings = kept[kept["is_ceiling"] & kept["attained"].notna()]
+    pairs = [_ceiling(row, ceilings) for row in kept.to_dict("records")]
+    found["ceiling"], found["reason"] = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    found["at_norm"] = [bool(set(names(constraint)) & set(PENALTIES)) for constraint in kept["constraint"]]
+    found["gap"] = (found["ceiling"] - found["attained"]).where(~found["is_ceiling"])
+    return found
+
+
+def cells(found: pd.DataFrame, settings: Sequence[str]) -> pd.DataFrame:
+    """One row per loss, constraint and setting: means over seeds of gap and MEASURES, with standard error and number.
+
+    `<name>_se` is NaN for one seed; gap and attained have bootstrap 95% intervals too. `gaps`: how many pairs.
+    `identical`: the runs of all seeds have the same numbers.
+    """
+    import pandas as pd
+
+    keys = [CONSTRAINT, LOSS, *settings]
+    rows = [_cell(dict(zip(keys, key)), group) for key, group in found.groupby(keys, dropna=False, sort=False)]
+    table = pd.DataFrame(rows, columns=list(rows[0]) if rows else [*keys, "setting"])
+    table = table.rename(columns={LOSS: "loss", CONSTRAINT: "constraint"} | {name: shown(name) for name in settings})
+    return _ordered(table, [shown(name) for name in settings])
+
+
+def at_norm(points: Sequence[tuple[float, float]], norm: float) -> tuple[float, str]:
+    """What the monotone cubic through (norm, attained) attains at `norm`; NaN, and why, where it is not bracketed."""
+    from scipy.interpolate import PchipInterpolator
+
+    known: dict[float, float] = {}
+    for x, y in sorted(points):
+        known[x] = max(y, known.get(x, y))
+    if len(known) < 2:
+        return math.nan, f"RLHF has {len(known)} strength{'s' * (len(known) != 1)}, a curve needs 2: add strengths"
+    low, high = min(known), max(known)
+    slack = TOLERANCE * high
+    if not low - slack <= norm <= high + slack:
+        return math.nan, f"norm {norm:.4g} outside RLHF's {low:.4g} to {high:.4g}: add strengths"
+    return float(PchipInterpolator(list(known), list(known.values()))(min(max(norm, low), high))), ""
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, standard error (ddof 1), bootstrap 95% interval (percentiles of fixed draws); NaN for fewer than 2."""
+    sample = np.asarray(values, dtype=float)
+    n = len(sample)
+    if n < 2:
+        return {"": float(sample.mean()) if n else math.nan, "_se": math.nan, "_low": math.nan, "_high": math.nan}
+    means = sample[np.random.default_rng(0).integers(n, size=(RESAMPLES, n))].mean(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    error = sample.std(ddof=1) / math.sqrt(n)
+    return {"": float(sample.mean()), "_se": float(error), "_low": float(low), "_high": float(high)}
+
+
+def _numbers(frame: pd.DataFrame, metric: str) -> pd.Series:
+    """A metric's column as float64; NaN where a run has none."""
+    import pandas as pd
+
+    return frame.get(f"{METRIC}{metric}", pd.Series(math.nan, frame.index)).astype("float64")
+
+
+def _penalised_norm(runs: pd.DataFrame) -> pd.Series:
+    """The norm at which losses under a penalty are compared: of the change, or what SIZES says. float64"""
+    norms = _numbers(runs, "change/norm")
+    for name, metric in SIZES.items():
+        norms = _numbers(runs, metric).where([name in names(c) for c in runs["constraint"]]).fillna(norms)
+    return norms
+
+
+def _objective(row: Mapping[str, Any]) -> float:
+    """What the search minimised: the training objective, and the penalties that act beside it; NaN (last) without one.
+
+    The fixed point of decay by learning rate * strength minimises strength / 2 * norm^2 beside the objective (ours).
+    """
+    value = row.get(f"{METRIC}objective")
+    value = row.get(f"{METRIC}eval/loss") if is_null(value) else value
+    for name in set(names(row["constraint"])) & set(PENALTIES):
+        penalty = row.get(f"{METRIC}constraint/{name}/penalty")
+        norm, strength = row.get(f"{METRIC}constraint/{name}/norm"), row.get(f"{CONFIG}constraint.{name}.strength")
+        if is_null(penalty) and not is_null(norm) and not is_null(strength):
+            penalty = float(strength) / 2 * float(norm) ** 2  # type: ignore[arg-type]
+        value = value if is_null(value) or is_null(penalty) else float(value) + float(penalty)  # type: ignore[arg-type]
+    return math.nan if is_null(value) else float(value)  # type: ignore[arg-type]
+
+
+def _ceiling(row: Mapping[str, Any], ceilings: pd.DataFrame) -> tuple[float, str]:
+    """What RLHF attains on the problem of a run, at its norm where the constraint is a penalty; and why it is NaN."""
+    if row["is_ceiling"]:
+        return row["attained"], ""
+    if is_null(row["attained"]):
+        tied = not is_null(row.get(f"{METRIC}objective/J"))
+        why = "all rewards of a prompt tie, so J has nothing to gain" if tied else "its data has no rewards"
+        return math.nan, f"it has no objective/attained: {why}"
+    penalties = set(names(row["constraint"])) & set(PENALTIES)
+    if len(penalties) > 1:
+        return math.nan, "two penalties: equal norms do not tell which of them acts"
+    same = ceilings[ceilings["pool" if penalties else "problem"] == row["pool" if penalties else "problem"]]
+    if same.empty:
+        return math.nan, _no_partner(row, ceilings)
+    if not penalties:
+        return float(same["attained"].max()), ""
+    points = list(zip(same["norm"], same["attained"]))
+    start = [(0.0, 0.0)] if names(row["constraint"]) == ["l2_to_start"] else []  # the limit of a strength to infinity
+    return at_norm([*start, *points], row["norm"])
+
+
+def _no_partner(row: Mapping[str, Any], ceilings: pd.DataFrame) -> str:
+    """Which key keeps the nearest run of RLHF from being a partner."""
+    near = ceilings[(ceilings[CONSTRAINT] == row[CONSTRAINT]) & (ceilings["seeds"] == row["seeds"])]
+    if near.empty:
+        return "RLHF has no finished run under this constraint and seed"
+    own = set(row["problem"].splitlines())
+    lines = min((set(problem.splitlines()) ^ own for problem in near["problem"]), key=len)
+    return f"no run of RLHF has the same {', '.join(sorted({line.partition('=')[0] for line in lines}))}"
+
+
+def _cell(key: dict[str, Any], group: pd.DataFrame) -> dict[str, Any]:
+    first, gaps = group.iloc[0], group["gap"].dropna()
+    row = key | {name: first[name] for name in ("setting", "family", "level_name", "level", "is_ceiling", "at_norm")}
+    row |= {"seeds": len(group), "gaps": len(gaps), "identical": _identical(group)}
+    row |= {f"gap{part}": value for part, value in spread(gaps.tolist()).items()}
+    row |= {"ceiling": group["ceiling"].mean(), "penalised_norm": group["norm"].where(group["at_norm"]).mean()}
+    for name, metric in MEASURES.items():
+        parts = spread(_numbers(group, metric).dropna().tolist())
+        row |= {f"{name}{part}": v for part, v in parts.items() if name == "attained" or part in ("", "_se")}
+    notes = [f"{reason} (seed {seed})" for reason, seed in zip(group["reason"], group["seed"]) if reason]
+    return row | {"searches": group["searches"].max(), "spread": group["spread"].max(), "note": "; ".join(notes)}
+
+
+def _identical(group: pd.DataFrame) -> bool:
+    """Whether several seeds gave the same numbers to the last bit: then the seed changed nothing."""
+    counts = [_numbers(group, metric).nunique(dropna=False) for metric in MEASURES.values()]
+    return len(group) > 1 and set(counts) == {1} and bool(group["attained"].notna().all())
+
+
+def _ordered(table: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
+    """RLHF first, then losses by their mean gap; no constraint first, then families by level; settings outermost."""
+    if table.empty:
+        return table
+    means = table.groupby("loss")["gap"].mean().fillna(math.inf)
+    ceilings = set(table.loc[table["is_ceiling"], "loss"])
+    losses = sorted(means.index, key=lambda name: (name not in ceilings, means[name], name))
+    families = table["family"].replace("none", "")
+    keys = {"_family": families, "_name": table["level_name"].fillna(""), "_level": table["level"]}
+    keys["_loss"] = table["loss"].map(losses.index)
+    by = [*settings, "_family", "_name", "_level", "constraint", "_loss"]
+    ordered = table.assign(**keys).sort_values(by, na_position="first", kind="stable")
+    return ordered.drop(columns=list(keys)).reset_index(drop=True)

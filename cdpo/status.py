@@ -1,0 +1,115 @@
+"""cdpo-status DIR: which runs of a sweep wait, run (how far, how long yet), are finished, or failed, and why.
+
+Reads the run directories and, where jobs were submitted, squeue; changes nothing. Nothing here needs accounting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from cdpo import slurm
+from cdpo.errors import CdpoError, ConfigError
+from cdpo.files import read_json
+from cdpo.lock import alive
+from cdpo.report.runs import find
+
+
+class Row(NamedTuple):
+    """One run as people want to know it."""
+
+    run: str
+    state: str  # waiting, running, finished, stopped_early, failed, preempted, interrupted, not started
+    step: str = ""
+    left: str = ""
+    cause: str = ""
+
+
+def main() -> None:
+    """The console script. Exit codes: 0, or 2 where there is no run."""
+    parser = argparse.ArgumentParser("cdpo-status", description="What the runs in a directory are doing.")
+    parser.add_argument("directory", type=Path, help="of a sweep, or of a run")
+    parser.add_argument("--all", action="store_true", help="list finished runs too, and not only their number")
+    given = parser.parse_args()
+    try:
+        show(rows(given.directory), given.all)
+    except CdpoError as error:
+        print(f"cdpo-status: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def rows(folder: Path) -> list[Row]:
+    """One per run in `folder`, begun or submitted. Raises ConfigError if there is none."""
+    jobs = _json(folder / "jobs.json")
+    names = {path.relative_to(folder).as_posix() for path in find(folder)[0]} | jobs.keys()
+    names |= {path.stem for path in (folder / ".jobs").glob("*.json") if "." not in path.stem}
+    if not names:
+        raise ConfigError(f"{folder} has no run")
+    try:
+        queue = slurm.queued([job["job_id"] for job in jobs.values()])
+    except ConfigError as error:
+        print(f"cdpo-status: what waits or runs is not known here ({error})", file=sys.stderr)
+        queue = {}
+    return [_row(folder, name, queue.get(jobs.get(name, {}).get("job_id", ""))) for name in sorted(names)]
+
+
+def show(found: list[Row], finished: bool = False) -> None:
+    """Print how many runs are in which state, and the table of those that are not `finished`, or of all."""
+    console = Console(highlight=False, markup=False)
+    console.print(", ".join(f"{count} {state}" for state, count in Counter(row.state for row in found).items()))
+    table = Table()
+    for name in Row._fields:
+        table.add_column(name, overflow="fold")
+    for row in found:
+        if finished or row.state not in ("finished", "stopped_early"):
+            table.add_row(*row)
+    if table.row_count:
+        console.print(table)
+
+
+def _row(folder: Path, name: str, queued: str | None) -> Row:
+    status, ending = _json(folder / name / "status.json"), _json(folder / ".jobs" / f"{name}.ending.json")
+    state, cause = status.get("state"), str(status.get("cause") or ending.get("ending") or "")
+    if state in ("finished", "stopped_early"):
+        return Row(name, state)
+    if queued is not None and queued != "RUNNING":
+        return Row(name, "waiting", *_progress(folder / name)[:1], cause=queued.lower())
+    if queued == "RUNNING" or (state == "running" and alive(folder / name)):
+        return Row(name, "running", *_progress(folder / name))
+    if state == "running":
+        cause = "killed; the same command goes on"
+    begun = {"running": "interrupted", None: "failed" if ending.get("exit_code") else "not started"}
+    return Row(name, begun.get(state, str(state)), *_progress(folder / name)[:1], cause=cause)
+
+
+def _progress(folder: Path) -> tuple[str, str]:
+    """Step, and time left; empty where the run has not said so."""
+    said = _json(folder / "progress.json")
+    if not said:
+        return "", ""
+    pace, steps = said["seconds_per_step"], said["steps"] - said["step"]
+    left = max(0, round(pace * steps - (time.time() - said["time"]))) if pace else None
+    return (
+        f"{said['step']}/{said['steps']}",
+        "" if left is None else f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}",
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a file; {} if there is none, or it cannot be read just now."""
+    try:
+        tree = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+if __name__ == "__main__":
+    main()

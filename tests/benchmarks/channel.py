@@ -1,0 +1,54 @@
+"""Between the benchmark and a training process: it may go on when told to, and reports after every step."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers.models.llama.modeling_llama  # noqa: F401  imported before memory is measured
+from safetensors.torch import save_file
+from torch import nn
+
+
+class Channel:
+    """The training process's end. Memory is counted from here on: everything is imported, nothing is loaded."""
+
+    def __init__(self) -> None:
+        self.folder = Path(os.environ["BENCHMARK_FOLDER"])
+        read, write = map(int, os.environ["BENCHMARK_PIPES"].split(","))
+        self._commands, self._replies = os.fdopen(read), os.fdopen(write, "w", buffering=1)
+        self._imports = _resident()
+        self.command = ""
+
+    def wait(self, **reply: Any) -> None:
+        """Report, then stand still until the next command. Ends the process when the parent has gone."""
+        print(json.dumps({**reply, "memory": self._peak()}), file=self._replies)
+        self.command = self._commands.readline().strip()
+        if not self.command:
+            os._exit(0)
+
+    def _peak(self) -> int:
+        """Bytes at most, above the imports; on a GPU those of the tensors there."""
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self._imports
+
+    def gradients(self, model: nn.Module) -> None:
+        """If the parent asked to check: write the gradients down, under their names in a checkpoint."""
+        if self.command == "check":
+            found = {plain(n): p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
+            save_file(found, self.folder / "gradients.safetensors")
+
+
+def plain(name: str) -> str:
+    """A parameter's name without what wrappers put in front."""
+    return name.removeprefix("module.").removeprefix("base_model.model.")
+
+
+def _resident() -> int:
+    fields = Path("/proc/self/statm").read_text().split()
+    return int(fields[1]) * resource.getpagesize()

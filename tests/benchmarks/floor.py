@@ -1,0 +1,46 @@
+"""The least that a step can cost: its matrix products, at the speed of a large one on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from benchmarks.cases import Case
+from cdpo.batch import Item
+
+
+def flops(case: Case, items: Sequence[Item]) -> float:
+    """Operations of the matrix products of one step on `items`, forward and backward.
+
+    Every prompt once, logits at response tokens only, the reference known. Frozen matrices have no weight gradient;
+    adapters count as nothing.
+    """
+    width, inner = case.width, 8 * case.width // 3 // 8 * 8
+    decoder = case.layers * (4 * width**2 + 3 * width * inner)
+    tokens = sum(item.tokens for item in items)
+    predicted = sum(1 + sum(len(response) - 1 for response in item.responses) for item in items)
+    times = 2 if case.lora else 3  # forward and one or two products backward
+    matrices = 2 * times * (tokens * decoder + predicted * width * case.vocabulary)
+    return matrices + 3 * 4 * width * case.layers * sum(map(_seen, items))
+
+
+def _seen(item: Item) -> int:
+    """How many (query, key) there are: a token sees its prompt and its own branch."""
+    n = len(item.prompt)
+    branches = [len(response) - 1 for response in item.responses]
+    return n * (n + 1) // 2 + sum(m * n + m * (m + 1) // 2 for m in branches)
+
+
+def speed(device: str, size: int = 2048) -> float:
+    """Operations per second of a square matrix product, the best of five: float32 on the CPU, bfloat16 on a GPU."""
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    best = 0.0
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 2 * size**3 / (time.perf_counter() - began))
+    return best

@@ -1,0 +1,110 @@
+"""TRL's side: its DPOTrainer on the same model, pairs and order; as it comes, at its best here, or compact."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import trl.trainer.utils
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+from benchmarks.channel import Channel, plain
+
+VARIANTS = {
+    "default": {},  # checkpoints activations, computes in bfloat16, scores the reference in every step
+    "best": {"precompute_ref_log_probs": True, "gradient_checkpointing": False, "bf16": False},
+}
+VARIANTS["compact"] = VARIANTS["best"]  # and the head at response tokens only, which TRL itself does on GPUs alone
+
+
+class Recorded(DPOTrainer):
+    """Remembers the loss of the step."""
+
+    loss = 0.0
+
+    def training_step(self, *args, **kwargs):
+        found = super().training_step(*args, **kwargs)
+        self.loss += float(found)
+        return found
+
+
+class AtTheGate(TrainerCallback):
+    """Waits where cdpo's side waits."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel, self.trainer = channel, None
+
+    def on_train_begin(self, *args, **kwargs) -> None:
+        self.channel.wait()
+
+    def on_pre_optimizer_step(self, *args, model, **kwargs) -> None:
+        self.channel.gradients(model)
+
+    def on_step_end(self, *args, **kwargs) -> None:
+        loss, self.trainer.loss = self.trainer.loss, 0.0
+        self.channel.wait(loss=loss)
+
+
+def main(variant: str, options: dict) -> None:
+    """Train until the parent is gone."""
+    channel = Channel()
+    torch.set_num_threads(options["threads"])
+    if variant == "compact":
+        trl.trainer.utils._use_triton = lambda device: True  # read by the trainer only to choose the positions
+    work = channel.folder.parent
+    gate = AtTheGate(channel)
+    rows = [json.loads(line) for line in (work / "trl.jsonl").read_text().splitlines()]
+    trainer = Recorded(
+        str(work / "model"),
+        args=_config(channel.folder, variant, options),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(work / "model"),
+        peft_config=_adapters() if options["lora"] else None,
+        callbacks=[gate],
+    )
+    gate.trainer = trainer
+    if options["lora"]:
+        _same_adapters(trainer.model, work)
+    trainer.train()
+
+
+def _config(folder: Path, variant: str, options: dict) -> DPOConfig:
+    accumulated = options["pairs"] // options["batch"]  # micro-batches of as many pairs as cdpo has prompts
+    return DPOConfig(
+        output_dir=str(folder),
+        use_cpu=options["device"] == "cpu",
+        max_steps=options["steps"],
+        per_device_train_batch_size=options["batch"],
+        gradient_accumulation_steps=accumulated,
+        learning_rate=options["learning_rate"],
+        lr_scheduler_type="constant",
+        max_length=None,
+        train_sampling_strategy="sequential",
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        **VARIANTS[variant],
+    )
+
+
+def _adapters() -> LoraConfig:
+    return LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _same_adapters(model: torch.nn.Module, work: Path) -> None:
+    start = load_file(work / "adapters.safetensors")
+    trained = {plain(name): p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() == start.keys(), "the two sides adapt other matrices"
+    for name, parameter in trained.items():
+        parameter.data.copy_(start[name])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(os.environ["BENCHMARK_OPTIONS"]))

@@ -1,0 +1,54 @@
+"""Runs that several ranks do together, in processes that torchrun started: `ranked.py JOBS.json`, a list of jobs.
+
+A job: config, directory, and on some ranks a fault that comes with a step: a signal, an exception, or SIGKILL.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def together(jobs: list[dict[str, Any]], folder: Path, ranks: int = 2, timeout: float = 300) -> tuple[int, str]:
+    """Do the jobs, one after another, on so many ranks; the exit code and all that was printed."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [*torchrun, __file__, str(folder / "jobs.json")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+    return done.returncode, done.stdout + done.stderr
+
+
+def _do(job: dict[str, Any]) -> None:
+    from cdpo import engine
+    from cdpo import job as jobs
+    from cdpo.errors import CdpoError
+
+    real = engine._add_up
+    rank = int(os.environ["RANK"])
+
+    def faulty(run: Any, *rest: Any) -> None:
+        real(run, *rest)
+        if job.get("rank") == rank and run.state.step + 1 == job["step"]:
+            if job["fault"] == "raise":
+                raise RuntimeError("on purpose")
+            os.kill(os.getpid(), getattr(signal, job["fault"]))
+
+    engine._add_up = faulty
+    try:
+        jobs.run(job["config"], Path(job["folder"]))
+    except (CdpoError, RuntimeError) as error:
+        ending = {"ending": f"{type(error).__name__}: {error}"}
+        Path(f"{job['folder']}.rank{rank}.json").write_text(json.dumps(ending))
+    finally:
+        engine._add_up = real
+
+
+if __name__ == "__main__":
+    for one in json.loads(Path(sys.argv[1]).read_text()):
+        _do(one)
