@@ -29,7 +29,7 @@ from cdpo.constraints.dropout import Dropout
 from cdpo.constraints.freeze import decoder_layers
 from cdpo.distributed import Ranks, shard, started, whole_tree
 from cdpo.engine import fit
-from cdpo.errors import ConfigError, DataError, DiskError, Preempted
+from cdpo.errors import ConfigError, DataError, DiskError, Preempted, RankLost
 from cdpo.files import read_json, redact, sha256, sweep, write_atomic, write_json
 from cdpo.lock import locked
 from cdpo.logps import one_by_one
@@ -40,6 +40,7 @@ from cdpo.progress import Progress
 from cdpo.reference import Scored, add_reference, check_loaded, check_start, layout_for
 from cdpo.rows import Data
 from cdpo.run import Run, State
+from cdpo.tabular import Tabular
 from cdpo.tokens import tokenised
 
 log = logging.getLogger(__name__)
@@ -94,10 +95,23 @@ def read(composed: dict[str, Any]) -> config.Config:
     """A config's objects, checked as far as no data is needed. Raises ConfigError."""
     spec = config.read(composed)
     _check_kinds(spec)
+    _check_drawn(spec)
     check(spec.constraint, lbfgs=spec.optimizer.full_batch, fsdp=spec.trainer.distributed == "fsdp")
     if spec.trainer.distributed == "fsdp":
         _check_fsdp(spec)
     return spec
+
+
+def _check_drawn(spec: config.Config) -> None:
+    """ConfigError where a loss takes pairs for drawn from what they were not drawn from."""
+    drawn = getattr(spec.loss, "drawn", None)
+    sampling = getattr(spec.dataset, "sampling", "uniform")  # of other data with rewards, every pair stands
+    if drawn is None or drawn == sampling == "uniform" or (drawn == sampling and isinstance(spec.model, Tabular)):
+        return
+    where, advice = sampling, f"loss.drawn={sampling}"
+    if sampling == "reference" and not isinstance(spec.model, Tabular):
+        where, advice = "from the world's table, not this model", "loss.drawn=uniform dataset.sampling=uniform"
+    raise ConfigError(f"loss.drawn={drawn}, but the pairs are drawn {where}: set {advice}")
 
 
 def _check_fsdp(spec: config.Config) -> None:
@@ -288,7 +302,7 @@ def _scored(
     """
     train_items, held_out_items, unused = sets
     items, began = train_items + held_out_items + unused, time.monotonic()
-    check_lengths(policy, max(len(item.prompt) + len(response) - 1 for item in items for response in item.responses))
+    check_lengths(policy, longest(items))
     padded, reason = layout_for(policy, train_items, getattr(spec.model, "attention", "trees"))
     noisy = any(isinstance(constraint, Dropout) for constraint in spec.constraint.values())
     if noisy and not padded and accelerator.device.type == "cuda":
@@ -310,6 +324,11 @@ def _scored(
     return train, Scored(held_out_items, padded, accelerator.device, whole.reference[n:m]), source
 
 
+def longest(items: list[Item]) -> int:
+    """Tokens of the longest sequence that a model must take."""
+    return max(len(item.prompt) + len(response) - 1 for item in items for response in item.responses)
+
+
 def _cache(spec: config.Config, folder: Path, kind: str) -> Path | None:
     """Where runs share what they computed; None where no cache_dir is named and the run is not under output_root."""
     if spec.cache_dir is not None:
@@ -326,11 +345,16 @@ def _constrained(policy: Any, spec: config.Config) -> Any:
     return policy
 
 
+def check_switches(policy: Any, trainer: config.Trainer) -> None:
+    """ConfigError for what a model does not support."""
+    if trainer.gradient_checkpointing and not getattr(policy, "supports_gradient_checkpointing", False):
+        raise ConfigError("trainer.gradient_checkpointing: this model does not support it; set it to false")
+
+
 def _switched(policy: Any, trainer: config.Trainer) -> Any:
     """The policy with what saves memory or time."""
+    check_switches(policy, trainer)
     if trainer.gradient_checkpointing:
-        if not getattr(policy, "supports_gradient_checkpointing", False):
-            raise ConfigError("trainer.gradient_checkpointing: this model does not support it; set it to false")
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     if trainer.compile:
         policy.compile(dynamic=True)
@@ -418,7 +442,7 @@ def _failed_at_once(folder: Path) -> bool:
 
 @contextmanager
 def _status(folder: Path, logger: Any, ranks: Ranks) -> Iterator[None]:
-    """Keep status.json true: running, then finished, stopped_early, preempted or failed and why; end the logger."""
+    """Keep status.json true: running, then how it ended and why (README); end the logger."""
     if not ranks.first:
         yield
         return
@@ -438,7 +462,8 @@ def _status(folder: Path, logger: Any, ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        state = "preempted" if isinstance(error, Preempted) else "failed"
+        states = {Preempted: "preempted", RankLost: "interrupted"}  # both go on when started again
+        state = states.get(type(error), "failed")
         cause = f"{type(error).__name__}: {error}"
         with suppress(DiskError):  # a full disk must not hide why the run failed
             write_json(path, {"state": state, "cause": cause, **where})

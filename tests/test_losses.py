@@ -139,6 +139,8 @@ WRONG = [
     (FDPO, {"divergence": "alpha"}, "alpha"),
     (FDPO, {"divergence": "alpha", "alpha": 1.0}, "alpha"),
     (WPO, {"loss": DPO(), "weight": "sequence"}, "weight"),
+    (WPO, {"loss": DPO(), "weight": "candidates"}, "drawn"),
+    (WPO, {"loss": DPO(), "drawn": "uniform"}, "drawn"),
     (WPO, {"loss": SimpleNamespace(unit="item")}, "loss"),
     (Sum, {"losses": {}, "weights": {}}, "losses"),
     (Sum, {"losses": {"dpo": DPO()}, "weights": {"sft": 1.0}}, "weights"),
@@ -621,6 +623,29 @@ def test_importance_weights_move_pairs_of_the_reference_onto_the_policy():
     of = lambda log_pi: log_pi.exp()[logps.pairs].prod(1)  # noqa: E731
     weighted = of(reference) @ WPO(DPO(), weight="importance")(logps)
     torch.testing.assert_close(weighted, of(policy) @ DPO()(logps))
+
+
+@pytest.mark.parametrize("p", [0.5, 0.7, 1.0])
+def test_candidate_weights_move_pairs_onto_the_policy_wherever_they_were_drawn(p):
+    """Drawn from the reference or uniformly: the mean is that over pairs from the policy, less the labels' entropy."""
+    g = torch.Generator().manual_seed(0)
+    policy, reference = torch.randn(2, 4, generator=g, dtype=torch.float64)  # not normalised on the four
+    logps = all_pairs(policy, reference)
+    logps = replace(logps, preference=torch.full_like(logps.preference, p))
+    of = lambda log_pi: log_pi.softmax(-1)[logps.pairs].prod(1)  # noqa: E731
+    entropy = -p * math.log(p) - (1 - p) * math.log(1 - p) if p < 1 else 0.0
+    expected = of(policy) @ (per_unit(DPO(), logps) - entropy)
+    for drawn, mass in (("reference", of(reference)), ("uniform", torch.full((16,), 1 / 16, dtype=torch.float64))):
+        found = mass @ per_unit(WPO(DPO(), weight="candidates", drawn=drawn), logps)
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_value_of_wpo_is_zero_where_every_pair_is_fitted():
+    rewards = torch.tensor([0.3, -1.0, 2.0, 0.5], dtype=torch.float64)
+    logps = all_pairs(rewards / 0.1, torch.zeros_like(rewards))
+    logps = replace(logps, preference=(rewards[logps.pairs[:, 0]] - rewards[logps.pairs[:, 1]]).sigmoid())
+    found = per_unit(WPO(DPO(beta=0.1), weight="candidates", drawn="uniform"), logps)
+    torch.testing.assert_close(found, torch.zeros_like(found))
 
 
 def all_pairs(policy: torch.Tensor, reference: torch.Tensor) -> Logps:

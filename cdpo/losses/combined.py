@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from cdpo.batch import Logps
-from cdpo.candidates import candidate_log_ratio
+from cdpo.candidates import candidate_log_ratio, count_items, log_softmax_by_item, sum_by_item
 from cdpo.losses import Loss
 from cdpo.losses.numerics import EXP_BOUND, check_choice
 
@@ -20,29 +21,46 @@ class WPO:
 
     Zhou et al. 2024 (arXiv 2406.11827), the weight before their alignment step. TRL's `use_weighting` is aligned:
     it divides each token's probability by sum_v pi(v)^2, which needs the logits of every token.
+
+    A value whose weights move is no objective: it falls where the policy only leaves pairs whose labels are uncertain.
+    So what no policy could do better (`least` of the loss within, where it has one) is taken off, which has no
+    gradient: then 0 means that every pair that the policy writes is fitted, and restarts can be compared.
     """
 
     loss: Loss
     """the pair loss"""
     weight: Literal["per_token", "importance", "candidates"] = "per_token"
     """per_token: product of the mean token probabilities (geometric); importance: product of pi_theta / pi_ref, at most
-    exp(30), which moves pairs that were drawn from the reference onto the policy; candidates: the same with policy and
-    reference renormalised on each Item's responses, for pairs that the reference drew from these"""
+    exp(30), which moves pairs that were drawn from the reference onto the policy; candidates: product of the policy's
+    probabilities over those of `drawn`, renormalised on each Item's responses: pairs as if the policy drew them"""
+    drawn: Literal["reference", "uniform"] | None = None
+    """for candidates: where the pairs were drawn from; uniform for data in which every pair of responses stands"""
     unit: ClassVar[Literal["pair"]] = "pair"
 
     def __post_init__(self) -> None:
         check_pair_loss("loss", self.loss)
         check_choice("weight", self.weight, "per_token", "importance", "candidates")
+        if self.weight == "candidates":
+            check_choice("drawn", self.drawn, "reference", "uniform")
+        elif self.drawn is not None:
+            raise ValueError(f"drawn={self.drawn} is not used with weight={self.weight}; set drawn=null")
 
     def __call__(self, logps: Logps) -> Tensor:
         chosen, rejected = logps.of_pairs(self.log_weight(logps).detach())
-        return (chosen + rejected).clamp(max=EXP_BOUND).exp() * self.loss(logps)
+        least = self.loss.least(logps.preference) if hasattr(self.loss, "least") else 0.0
+        return (chosen + rejected).clamp(max=EXP_BOUND).exp() * (self.loss(logps) - least)
 
     def log_weight(self, logps: Logps) -> Tensor:
         """Logarithm of a response's factor of the weight. [S]"""
         if self.weight == "per_token":
             return logps.policy / logps.length
-        return candidate_log_ratio(logps) if self.weight == "candidates" else logps.log_ratio()
+        if self.weight == "importance":
+            return logps.log_ratio()
+        if self.drawn == "reference":
+            return candidate_log_ratio(logps)
+        items = count_items(logps)
+        responses = sum_by_item(torch.ones_like(logps.reference), logps.item, items)  # K
+        return log_softmax_by_item(logps.policy, logps.item, items) + responses.log()[logps.item]
 
 
 @dataclass(frozen=True)

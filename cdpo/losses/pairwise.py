@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -49,6 +50,11 @@ class DPO:
     def __call__(self, logps: Logps) -> Tensor:
         reward = self.beta * logps.margin()
         return -(1 - self.label_smoothing) * F.logsigmoid(reward) - self.label_smoothing * F.logsigmoid(-reward)
+
+    def least(self, preference: Tensor) -> Tensor:
+        """What no margin goes below, the loss of both orders weighted with p and 1 - p: the label's entropy, nats."""
+        p = self.label_smoothing + (1 - 2 * self.label_smoothing) * preference
+        return torch.special.entr(p) + torch.special.entr(1 - p)
 
 
 @dataclass(frozen=True)
