@@ -19,7 +19,9 @@ from cdpo import slurm
 from cdpo.errors import CdpoError, ConfigError
 from cdpo.files import read_json
 from cdpo.lock import alive
-from cdpo.report.runs import find
+from cdpo.report.runs import find, tasks_of
+
+WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 
 
 class Row(NamedTuple):
@@ -49,7 +51,7 @@ def rows(folder: Path) -> list[Row]:
     """One per run in `folder`, begun or submitted. Raises ConfigError if there is none."""
     jobs = _json(folder / "jobs.json")
     names = {path.relative_to(folder).as_posix() for path in find(folder)[0]} | jobs.keys()
-    names |= {path.stem for path in (folder / ".jobs").glob("*.json") if "." not in path.stem}
+    names |= {path.stem for path in tasks_of(folder)}
     if not names:
         raise ConfigError(f"{folder} has no run")
     try:
@@ -57,7 +59,9 @@ def rows(folder: Path) -> list[Row]:
     except ConfigError as error:
         print(f"cdpo-status: what waits or runs is not known here ({error})", file=sys.stderr)
         queue = {}
-    return [_row(folder, name, queue.get(jobs.get(name, {}).get("job_id", ""))) for name in sorted(names)]
+    gone = [job["job_id"] for job in jobs.values() if job["job_id"] not in queue]
+    accounts = slurm.accounted(gone) if gone else {}
+    return [_row(folder, name, jobs.get(name, {}), queue, accounts) for name in sorted(names)]
 
 
 def show(found: list[Row], finished: bool = False) -> None:
@@ -74,18 +78,22 @@ def show(found: list[Row], finished: bool = False) -> None:
         console.print(table)
 
 
-def _row(folder: Path, name: str, queued: str | None) -> Row:
+def _row(folder: Path, name: str, job: dict[str, Any], queue: dict[str, str], accounts: dict[str, str]) -> Row:
     status, ending = _json(folder / name / "status.json"), _json(folder / ".jobs" / f"{name}.ending.json")
     state, cause = status.get("state"), str(status.get("cause") or ending.get("ending") or "")
+    queued = queue.get(job.get("job_id", ""))
     if state in ("finished", "stopped_early"):
         return Row(name, state)
-    if queued is not None and queued != "RUNNING":
+    if queued in WAITING:
         return Row(name, "waiting", *_progress(folder / name)[:1], cause=queued.lower())
-    if queued == "RUNNING" or (state == "running" and alive(folder / name)):
+    if queued or (state == "running" and alive(folder / name)):
         return Row(name, "running", *_progress(folder / name))
+    account = accounts.get(job.get("job_id", ""))
     if state == "running":
-        cause = "killed; the same command goes on"
-    begun = {"running": "interrupted", None: "failed" if ending.get("exit_code") else "not started"}
+        cause = f"{f'ended by SLURM ({account})' if account else 'killed'}; the same command goes on"
+    elif job and not cause:  # it ended before it began
+        cause = f"ended by SLURM ({account or 'there is no accounting'}) before it began: see {job.get('stderr')}"
+    begun = {"running": "interrupted", None: "failed" if ending.get("exit_code") or job else "not started"}
     return Row(name, begun.get(state, str(state)), *_progress(folder / name)[:1], cause=cause)
 
 

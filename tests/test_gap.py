@@ -163,10 +163,38 @@ def test_rewards_that_tie_are_not_missing():
 
 
 def test_the_penalty_beside_the_loss_counts_in_the_choice_of_a_search():
-    decay = {"constraint__weight_decay__strength": 0.5, "m_change__norm": 1.0}
+    decay = {"constraint__weight_decay__strength": 0.5, "m_change__norm": 1.0, "optimizer__momentum": 0.0}
     far = run("dpo", 0.9, "weight_decay", m_objective=1.0, m_constraint__weight_decay__norm=4.0, **decay)  # 1 + 4
     near = run("dpo", 0.3, "weight_decay", m_objective=2.0, m_constraint__weight_decay__norm=2.0, **decay)  # 2 + 1
     assert cells(far, near)["dpo", "weight_decay"]["attained"] == 0.3
+    for row in (far, near):
+        row["config.optimizer.momentum"] = 0.9  # 1.4 and 2.1
+    assert cells(far, near)["dpo", "weight_decay"]["attained"] == 0.9
+
+
+def test_runs_with_another_momentum_have_another_penalty():
+    rows = [run("dpo", 0.5, "weight_decay", constraint__weight_decay__strength=0.5, optimizer__momentum=m, restart=r)
+            for m in (0.0, 0.9) for r in (0, 1)]  # fmt: skip
+    assert len(gap.best(labels(*rows))) == 2
+
+
+def test_a_multiplier_times_what_is_over_the_budget_counts_in_the_choice_of_a_search():
+    budget = {"constraint__kl_budget__budget": 0.2}
+    near = run("dpo", 0.9, "kl_budget", m_objective=1.4, m_constraint__kl_budget__multiplier=2.0, **budget)  # 1.0
+    far = run("dpo", 0.3, "kl_budget", m_objective=1.3, m_constraint__kl_budget__multiplier=0.5, **budget)  # 1.2
+    assert cells(near, far)["dpo", "kl_budget"]["attained"] == 0.9
+
+
+def test_the_objective_of_a_last_mini_batch_chooses_no_search():
+    rows = [run("dpo", a, m_objective=o, m_eval__loss=e, trainer__batch_size=4, restart=i) for i, (a, o, e) in
+            enumerate([(0.9, 2.0, 1.0), (0.3, 1.0, 2.0)])]  # fmt: skip
+    assert cells(*rows)["dpo", "none"]["attained"] == 0.9
+
+
+def test_keys_that_change_no_number_part_no_runs():
+    rlhf = run("rlhf", 0.9, cache_dir="a", trainer__distributed="ddp", dry_run=False, trainer__log_every=5)
+    found = cells(rlhf, run("dpo", 0.7, cache_dir="b", trainer__distributed="none", trainer__log_every=7))
+    assert found["dpo", "none"]["gap"] == pytest.approx(0.2)
 
 
 # penalties
@@ -205,6 +233,7 @@ def test_a_norm_that_is_not_bracketed_is_not_extrapolated():
     assert math.isnan(dpo["gap"])
     assert dpo["note"] == "norm 5.4 outside RLHF's 8 to 11.7: add strengths (seed 0)"
     assert gap.at_norm([(8.0, 0.5), (11.7, 0.9)], 11.7 * (1 + 1e-12)) == (0.9, "")
+    assert gap.at_norm([(8.0, 0.5), (11.7, 0.9995)], 15.0) == (0.9995, "")  # a larger norm is no use to RLHF
 
 
 def test_weight_decay_compares_the_norm_that_it_decays():

@@ -431,6 +431,31 @@ def test_settings_become_a_column_and_figures(tmp_path):
     assert list(pd.read_csv(tmp_path / "gap.csv")["beta"]) == [0.5, 0.5, 1.0, 1.0]
 
 
+def test_runs_that_wait_to_begin_are_listed(tmp_path):
+    write_run(tmp_path)
+    (tmp_path / ".jobs").mkdir()
+    task = {"directory": "elsewhere/waits", "command": "cdpo-train seed=9", "choices": {"loss": "dpo"}}
+    for kind in ("", ".ending", ".requeues"):
+        (tmp_path / ".jobs" / f"waits{kind}.json").write_text(json.dumps(task))
+    (row,) = runs.table(tmp_path).query("state == 'missing'").to_dict("records")
+    assert [row[name] for name in ("directory", "cause", "command", "loss")] == [
+        "waits", "not begun yet", "cdpo-train seed=9", "dpo"]  # fmt: skip
+
+
+def test_seeds_logged_at_other_steps_and_worlds_without_gain_keep_their_figures(tmp_path):
+    write_run(tmp_path)
+    odd = write_run(tmp_path, seed=1)
+    rows = [json.loads(line) for line in (odd / "metrics.jsonl").read_text().splitlines()]
+    (odd / "metrics.jsonl").write_text("".join(json.dumps(row | {"step": 7 * row["step"] + 1}) + "\n" for row in rows))
+    flat = write_run(tmp_path, seed=2)
+    summary = json.loads((flat / "summary.json").read_text())
+    summary["metrics"]["objective/J_optimum"] = summary["metrics"]["objective/J_reference"]
+    (flat / "summary.json").write_text(json.dumps(summary))
+    page = report(tmp_path).read_text()
+    assert "could not be drawn" not in page
+    assert {"frontier", "training-attained"} <= {path.stem for path in figure_files(tmp_path)}
+
+
 def test_secrets_are_in_no_file(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_<secret>&9")
     path = write_run(tmp_path, "dpo")
@@ -440,6 +465,14 @@ def test_secrets_are_in_no_file(tmp_path, monkeypatch):
     secret = "hf_<secret>&9"
     assert not any(form.encode() in raw for raw in written(tmp_path).values() for form in (secret, html.escape(secret)))
     assert "&lt;redacted&gt; was refused" in (tmp_path / "report.html").read_text()
+
+
+def test_a_figure_of_ones_own_is_not_in_the_way(tmp_path):
+    write_run(tmp_path)
+    report(tmp_path)
+    before = figure_files(tmp_path)
+    (tmp_path / "figures" / "mine.png").write_bytes(b"")
+    assert figure_files(tmp_path) == before
 
 
 def test_figures_of_an_earlier_report_go_and_other_files_stay(tmp_path):

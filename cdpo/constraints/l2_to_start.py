@@ -21,7 +21,8 @@ class L2ToStart(Constraint):
     """After every step, the change shrinks to theta_0 + (theta - theta_0) / (1 + learning_rate * strength).
 
     That is the proximal step of the penalty strength/2 * ||theta - theta_0||^2 (L2-SP, Li et al. 2018, arXiv
-    1802.01483), stable at any strength. With LoRA it is the penalty on the adapters' products.
+    1802.01483), stable at any strength; momentum m makes it (1 - m) times that penalty, as steps grow and the pull does
+    not. With LoRA it is the penalty on the adapters' products.
     """
 
     strength: float
@@ -45,5 +46,5 @@ class L2ToStart(Constraint):
         self.change.scale(dict.fromkeys(self.change.names, share))
 
     def report(self) -> dict[str, float]:
-        """`penalty`: strength/2 * ||theta - theta_0||^2, in the units of the loss."""
-        return {"binds": 1.0, "penalty": self.strength / 2 * self.change.norm() ** 2}
+        """`norm`: L2 norm of the change, which is what is being pulled to zero."""
+        return {"binds": 1.0, "norm": self.change.norm()}

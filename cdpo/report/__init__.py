@@ -56,7 +56,7 @@ def report(folder: Path) -> Path:
 
 def figure_files(folder: Path) -> list[Path]:
     """The figures of a report as PNG, in the order in which they stand there."""
-    found = (Path(folder) / FIGURES).glob("*.png")
+    found = [path for path in (Path(folder) / FIGURES).glob("*.png") if path.stem.split("-")[0] in ORDER]
     return sorted(found, key=lambda path: (ORDER.index(path.stem.split("-")[0]), path.stem))
 
 
@@ -126,7 +126,7 @@ def _write_tables(folder: Path, table: pd.DataFrame, cells: pd.DataFrame) -> Non
 
 def _recoveries(folder: Path, table: pd.DataFrame) -> list[Picture]:
     """The figures of runs of compressive sensing, as images of their own."""
-    found = []
+    found: list[Picture] = []
     for name in table["directory"]:
         path = folder / name / "recovery.svg"
         if os.path.isfile(path):  # False too where it may not be looked at
@@ -134,7 +134,8 @@ def _recoveries(folder: Path, table: pd.DataFrame) -> list[Picture]:
             data = base64.b64encode(path.read_bytes()).decode()
             element = f'<img src="data:image/svg+xml;base64,{data}" alt="{html.escape(alt)}">'
             caption = f"Recovery of sparse signals by the penalties ({name})."
-            found.append(Picture("recovery", caption, alt, path.relative_to(folder).as_posix(), element))
+            place = path.relative_to(folder).as_posix()
+            found.append(Picture(f"recovery-{len(found) + 1}", caption, alt, place, element))
     return found
 
 

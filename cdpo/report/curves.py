@@ -89,7 +89,7 @@ def distributions(study: Study) -> Drawing | None:
 def penalties(study: Study) -> Drawing | None:
     """What the Gaussian losses make of γ: the log penalty for several λ, and the other penalties among the runs."""
     rows = [row for row in _kept(study) if text(row.get(f"{CONFIG}loss._target_")).endswith(".Gaussian")]
-    shapes = {text(row.get(f"{CONFIG}loss.penalty")) or "log": row.get(f"{CONFIG}loss.power") for row in rows}
+    shapes = dict(map(_shape, rows))
     if not rows:
         return None
     figure = panels(
@@ -100,7 +100,7 @@ def penalties(study: Study) -> Drawing | None:
         values = _penalty("log", None, gamma / noise) / _penalty("log", None, np.array([1 / noise]))
         axes[0].plot(gamma, values, color=look.color, linestyle=look.dashes, label=f"λ = {noise:g}")
     for name, look in looks(sorted({"log", *shapes})).items() if len(axes) > 1 else ():
-        values = _penalty(name, shapes.get(name), gamma)
+        values = _penalty(*shapes.get(name, ("log", None)), gamma)
         axes[1].plot(gamma, values, color=look.color, linestyle="--", label=name)
     for one in axes:
         one.set(xlabel="γ", ylim=(0, 3))
@@ -147,13 +147,9 @@ def _over_steps(study: Study, table: list[dict[str, Any]], metric: str, label: s
     figure = panels(_titles(study, known), sharey=metric == "objective/attained")
     for loss, title, runs in _grouped(study, known, figure):
         points = [(step, *found) for step, found in _mean_by_step(runs, metric).items()]
-        line(
-            figure.axes[title],
-            points[:: math.ceil(len(points) / POINTS)],
-            study.looks()[loss],
-            loss,
-            band=True,
-        )
+        thinned = points[:: math.ceil(len(points) / POINTS) or 1]  # none, where seeds were logged at other steps
+        if thinned:
+            line(figure.axes[title], thinned, study.looks()[loss], loss, band=True)
     figure.labels("step", label)
     figure.legend()
     name = f"training-{label.replace(' ', '-')}"
@@ -200,6 +196,12 @@ def _density(table: Mapping[str, Any], grid: np.ndarray) -> np.ndarray:
     total = np.interp(grid, edges, np.concatenate([[0.0], shares.cumsum()]))
     rough = np.gradient(total, grid)
     return np.convolve(rough, np.ones(3) / 3, mode="same")
+
+
+def _shape(row: Mapping[str, Any]) -> tuple[str, tuple[str, Any]]:
+    """What a run's penalty is called, and its name and power as the loss knows them."""
+    name, power = text(row.get(f"{CONFIG}loss.penalty")) or "log", row.get(f"{CONFIG}loss.power")
+    return (f"{name} {text(power)}" if name == "power" else name), (name, power)
 
 
 def _penalty(name: str, power: Any, snr: np.ndarray) -> np.ndarray:

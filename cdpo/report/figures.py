@@ -98,7 +98,9 @@ def levels(study: Study) -> Drawing | None:
     if study.cells.empty:
         return None
     known = study.cells[study.cells["level"].notna() & study.cells["attained"].notna()]
-    titled = known.assign(title=[_title(f"{r['family']}", r["setting"]) for r in known.to_dict("records")])
+    several = known.groupby("family")["level_name"].transform("nunique") > 1
+    kinds = [f"{f} by {n}" if mixed else f for f, n, mixed in zip(known["family"], known["level_name"], several)]
+    titled = known.assign(title=[_title(kind, setting) for kind, setting in zip(kinds, known["setting"])])
     varying = titled.groupby("title")["level"].transform("nunique") > 1
     parts = {str(title): part for title, part in titled[varying].groupby("title", sort=False)}
     if not parts:
@@ -119,6 +121,9 @@ def frontier(study: Study) -> Drawing | None:
     if not {*columns, "config.beta"} <= set(study.runs.columns):
         return None
     known = study.runs[study.runs[[*columns, "config.beta"]].notna().all(axis=1)]
+    known = known[
+        known[f"{METRIC}objective/J_optimum"] > known[f"{METRIC}objective/J_reference"]
+    ]  # else nothing to gain
     parts = {str(setting): part for setting, part in known.groupby("setting")}
     if not parts:
         return None

@@ -2,7 +2,7 @@
 
 gap(loss, C) = attained(argmax of J on C) - attained(argmin of the loss on C), in shares of what J can gain without C.
 Runs of one problem and loss that differ in restart or optimizer are searches for one optimum: the lowest training
-objective counts. Pure functions of the labelled table (`cdpo.labels`); after Kong, Hu, He and Wipf (AISTATS 2025).
+objective counts. Pure functions of the labelled table (`cdpo.report.labels`). After Kong, Hu, He, Wipf (AISTATS 2025).
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 RESAMPLES = 10_000
+MOMENTUM = f"{CONFIG}optimizer.momentum"
+SLACK = 1e-3  # of what J can gain: searches of one optimum end that far apart
 TOLERANCE = 1e-9  # relative: a norm at the end of a curve is on it
 SIZES = {"weight_decay": "constraint/weight_decay/norm"}  # what a penalty makes small; else the norm of the change
 MEASURES = {  # column of a cell -> metric; means over seeds with standard errors
@@ -79,7 +81,10 @@ def cells(found: pd.DataFrame, settings: Sequence[str]) -> pd.DataFrame:
 
 
 def at_norm(points: Sequence[tuple[float, float]], norm: float) -> tuple[float, str]:
-    """What the monotone cubic through (norm, attained) attains at `norm`; NaN, and why, where it is not bracketed."""
+    """What the monotone cubic through (norm, attained) attains at `norm`; NaN, and why, where it is not bracketed.
+
+    Beyond the largest norm it is known too, if RLHF attains all but SLACK there.
+    """
     from scipy.interpolate import PchipInterpolator
 
     known: dict[float, float] = {}
@@ -89,6 +94,8 @@ def at_norm(points: Sequence[tuple[float, float]], norm: float) -> tuple[float, 
         return math.nan, f"RLHF has {len(known)} strength{'s' * (len(known) != 1)}, a curve needs 2: add strengths"
     low, high = min(known), max(known)
     slack = TOLERANCE * high
+    if norm > high and known[high] >= 1 - SLACK:  # RLHF has no use for so large a norm
+        return known[high], ""
     if not low - slack <= norm <= high + slack:
         return math.nan, f"norm {norm:.4g} outside RLHF's {low:.4g} to {high:.4g}: add strengths"
     return float(PchipInterpolator(list(known), list(known.values()))(min(max(norm, low), high))), ""
@@ -122,19 +129,26 @@ def _penalised_norm(runs: pd.DataFrame) -> pd.Series:
 
 
 def _objective(row: Mapping[str, Any]) -> float:
-    """What the search minimised: the training objective, and the penalties that act beside it; NaN (last) without one.
+    """What the search minimised: the objective on all Items, and what acts beside it; NaN (last) without one.
 
-    The fixed point of decay by learning rate * strength minimises strength / 2 * norm^2 beside the objective (ours).
+    Decay by learning rate * strength has the fixed point that minimises (1 - momentum) * strength / 2 * norm^2 beside
+    the objective, under SGD; other optimizers have none such. Multiplier times budget makes a Lagrangian of the KL's
+    part. All ours. In mini-batches the objective is that of the last one: there the held-out loss stands in.
     """
-    value = row.get(f"{METRIC}objective")
-    value = row.get(f"{METRIC}eval/loss") if is_null(value) else value
+
+    def number(name: str) -> float:
+        return math.nan if is_null(value := row.get(name)) else float(value)  # type: ignore[arg-type]
+
+    value = number(f"{METRIC}objective") if is_null(row.get(f"{CONFIG}trainer.batch_size")) else math.nan
+    value = number(f"{METRIC}eval/loss") if math.isnan(value) else value
+    momentum = 1.0 if is_null(row.get(MOMENTUM)) else number(MOMENTUM)  # 1: no penalty that is known
     for name in set(names(row["constraint"])) & set(PENALTIES):
-        penalty = row.get(f"{METRIC}constraint/{name}/penalty")
-        norm, strength = row.get(f"{METRIC}constraint/{name}/norm"), row.get(f"{CONFIG}constraint.{name}.strength")
-        if is_null(penalty) and not is_null(norm) and not is_null(strength):
-            penalty = float(strength) / 2 * float(norm) ** 2  # type: ignore[arg-type]
-        value = value if is_null(value) or is_null(penalty) else float(value) + float(penalty)  # type: ignore[arg-type]
-    return math.nan if is_null(value) else float(value)  # type: ignore[arg-type]
+        strength, norm = number(f"{CONFIG}constraint.{name}.strength"), number(f"{METRIC}constraint/{name}/norm")
+        value += 0.0 if math.isnan(strength * norm) else (1 - momentum) * strength / 2 * norm**2
+    for name in [name for name in names(row["constraint"]) if name.startswith("kl_budget")]:
+        slack = number(f"{METRIC}constraint/{name}/multiplier") * number(f"{CONFIG}constraint.{name}.budget")
+        value -= 0.0 if math.isnan(slack) else slack
+    return value
 
 
 def _ceiling(row: Mapping[str, Any], ceilings: pd.DataFrame) -> tuple[float, str]:

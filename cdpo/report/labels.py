@@ -1,6 +1,6 @@
 """What tells the runs of a report apart: labels of losses and constraints, the settings that vary besides, the problem.
 
-Pure functions of the table of `cdpo.runs`. Means are only taken over runs that agree in all of these but the seed.
+Pure functions of the table of `cdpo.report.runs`. Means are taken only over runs that agree in all of it but the seed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cdpo.config import FREE
 from cdpo.report.runs import CONFIG, GROUPS
 
 if TYPE_CHECKING:
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
 
 PENALTIES = ("weight_decay", "l2_to_start")  # constraints that are no sets: the same strength means another norm
 NUMERICAL = (  # keys of trainer that change numbers by rounding at most
-    *("log_every", "checkpoint_every", "keep_checkpoints", "samples", "sample_tokens", "device", "threads"),
+    *("samples", "sample_tokens", "device", "threads"),
     *("tokens_per_micro_batch", "gradient_checkpointing", "compile"),
 )
-WITHOUT = ("loss.", "restart", "logger", "name", "output_root", "allow_targets", "task")
+WITHOUT = ("loss.", "restart", "allow_targets", "task", *FREE)
 LEVELS = ("rank", "radius", "strength", "budget", "k", "fraction", "p", "step", "kl", "train_last_layers", "patience")
 LOSS, CONSTRAINT = "loss_label", "constraint_label"
 
@@ -80,7 +81,7 @@ def _relevant(runs: pd.DataFrame) -> pd.DataFrame:
     """Runs that trained, with what is no part of their problem blanked out.
 
     The optimizer only searches, so it is none; unless the path decides (early_stop), or it shares in what is optimised:
-    decoupled decay under AdamW is another penalty than under SGD.
+    decoupled decay under AdamW is another penalty than under SGD, and with momentum a weaker one.
     """
     tasks = [c for c in runs if c.startswith(f"{CONFIG}task") and c != f"{CONFIG}task"]
     trained = runs[f"{CONFIG}seed"].notna() if f"{CONFIG}seed" in runs else runs["state"] != "missing"
@@ -88,7 +89,7 @@ def _relevant(runs: pd.DataFrame) -> pd.DataFrame:
     path = frame["constraint"].map(lambda c: any(name.startswith("early_stop") for name in names(c))).astype(bool)
     decays = frame["constraint"].map(lambda c: bool(set(names(c)) & set(PENALTIES))).astype(bool)
     for column in [c for c in frame if c == "optimizer" or c.startswith(f"{CONFIG}optimizer.")]:
-        frame[column] = frame[column].where(path | (decays & column.endswith(("optimizer", "_target_"))))
+        frame[column] = frame[column].where(path | (decays & column.endswith(("optimizer", "_target_", "momentum"))))
     if f"{CONFIG}trainer.eval_every" in frame:
         frame[f"{CONFIG}trainer.eval_every"] = frame[f"{CONFIG}trainer.eval_every"].where(path)
     return frame

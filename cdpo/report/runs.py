@@ -33,7 +33,7 @@ KILLED = "still running, or killed: the same command goes on from the newest che
 def table(folder: Path) -> pd.DataFrame:
     """One row per run below `folder`: labels, state, config.*, the newest value of every metric/*, the command.
 
-    Runs that a sweep.json lists but that have no directory come last, as "missing". ConfigError if there is no run.
+    Runs that a sweep lists but that have no directory come last, as "missing". ConfigError if there is no run.
     """
     folder = Path(folder)
     found, sweeps = find(folder)
@@ -116,10 +116,17 @@ def _tree(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _listed(sweep: Path) -> dict[str, dict[str, Any]]:
-    """What a sweep.json says of each run, by the name of its directory."""
+    """What a sweep's files say of each run, by the name of its directory: of those to do, and of those that ended."""
     runs = _tree(sweep / "sweep.json")[0].get("runs")
     entries = [entry for entry in runs if isinstance(entry, dict)] if isinstance(runs, list) else []
-    return {str(entry["directory"]): entry for entry in entries if entry.get("directory")}
+    tasks = {path.stem: _tree(path)[0] | {"ending": "not begun yet"} for path in tasks_of(sweep)}
+    return tasks | {str(entry["directory"]): entry for entry in entries if entry.get("directory")}
+
+
+def tasks_of(sweep: Path) -> list[Path]:
+    """The task files of a sweep, one per run that it was to do, named after the run's directory."""
+    beside = (".ending.json", ".requeues.json")
+    return sorted(path for path in (sweep / ".jobs").glob("*.json") if not path.name.endswith(beside))
 
 
 def _row(path: Path, listed: Mapping[str, Any]) -> dict[str, Any]:

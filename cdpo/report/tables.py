@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cdpo.report.gap import MEASURES
+from cdpo.report.gap import MEASURES, SLACK
 from cdpo.report.labels import is_null, text
 from cdpo.report.runs import DONE, METRIC
 
@@ -25,7 +25,6 @@ EQUAL_NORM = (
 )
 ONE = "‡"  # one number, however many seeds
 SAME = f"{ONE} the seeds changed nothing: all runs have the same numbers, and ± 0.000 is that of one run repeated."
-SLACK = 1e-3  # of what J can gain: searches of one optimum end that far apart
 MANY = 30  # rows; a longer table is folded
 
 
@@ -194,8 +193,9 @@ def _against_zero(known: pd.DataFrame) -> list[str]:
     if len(below):
         listed = _listed(f"{r['loss']} under {_where(r)}" for r in below.to_dict("records"))
         said.append(
-            f"It is negative, by over {SLACK} beside two standard errors, in {len(below)}{listed}: there the search "
-            "for RLHF's optimum ended too early or in a local one; give it more restarts, steps or learning rates."
+            f"It is negative, by over {SLACK} beside two standard errors, in {len(below)}{listed}: there RLHF's run is "
+            "no ceiling. Its search ended too early or in a local optimum (give it restarts, steps, learning rates), "
+            "or the constraint is no set of policies (dropout), or J is that of prompts which training has not seen."
         )
     return said
 
