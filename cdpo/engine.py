@@ -210,11 +210,12 @@ def _look(run: Run, metrics: MetricsFile | None) -> None:
     state = run.state
     row = state.fresh | {"step": state.step}
     due = state.step % run.trainer.eval_every == 0 or state.step == run.plan.steps
-    found = None
+    found, samples = None, None
     try:
         if due:
             found = _evaluate(run)
             row |= found.metrics
+            samples = _samples(run)
         reasons = [c.stop_reason(row) for c in run.constraints.values()]
         state.stopped = next((reason for reason in reasons if reason), None)
         if state.stopped and not due:
@@ -224,8 +225,8 @@ def _look(run: Run, metrics: MetricsFile | None) -> None:
     state.looked = state.step
     if found is not None:
         _keep(run, metrics, found)
-    if due and run.trainer.samples and run.held_out.items:
-        _sample(run, metrics)
+    if samples is not None:
+        _keep_samples(run, metrics, *samples)
 
 
 def _keep(run: Run, metrics: MetricsFile | None, found: Evaluation) -> None:
@@ -245,13 +246,14 @@ class Interrupted(Exception):
     """A signal came during an evaluation; stays within this module."""
 
 
+def _go_on(run: Run) -> None:
+    if run.ranks.agreed(run.signals.poll()):
+        raise Interrupted
+
+
 def _evaluate(run: Run) -> Evaluation:
     if not run.held_out.items:
         return Evaluation({}, [], {})
-
-    def on_batch() -> None:
-        if run.ranks.agreed(run.signals.poll()):
-            raise Interrupted
 
     def score_batch(batch: Batch) -> tuple[Tensor, Statistics]:
         with run.accelerator.autocast():
@@ -259,8 +261,9 @@ def _evaluate(run: Run) -> Evaluation:
 
     budget = run.trainer.tokens_per_micro_batch
     return evaluate(
-        run.policy, run.held_out, run.loss, run.betas, score_batch, budget, run.ranks, on_batch, **run.context()
-    )
+        run.policy, run.held_out, run.loss, run.betas, score_batch, budget, run.ranks, lambda: _go_on(run),
+        **run.context(),
+    )  # fmt: skip
 
 
 def _reports(run: Run) -> dict[str, float]:
@@ -269,14 +272,21 @@ def _reports(run: Run) -> dict[str, float]:
     return {f"constraint/{name}/{key}": value for name, found in reports.items() for key, value in found.items()}
 
 
-def _sample(run: Run, metrics: MetricsFile | None) -> None:
-    """Write responses of the policy down, and what they say of its KL to the reference. All ranks draw the same."""
-    seed = run.seed * 1_000_003 + run.state.step
-    options = (run.trainer.samples, run.trainer.sample_tokens, seed)
-    items = list(generations(run.policy, run.held_out, *options))
+def _samples(run: Run) -> tuple[list[Item], Tensor] | None:
+    """Responses of the policy with their log-ratios, nats; None where none are wanted. All ranks draw the same."""
+    if not run.trainer.samples or not run.held_out.items:
+        return None
+    seed, items = run.seed * 1_000_003 + run.state.step, []
+    for item in generations(run.policy, run.held_out, run.trainer.samples, run.trainer.sample_tokens, seed):
+        items.append(item)
+        _go_on(run)
     samples = Scored(items, run.held_out.padded, run.held_out.device)
     with run.accelerator.autocast():
-        ratio = sampled_kl(run.policy, run.change, samples, run.trainer.tokens_per_micro_batch)
+        return items, sampled_kl(run.policy, run.change, samples, run.trainer.tokens_per_micro_batch)
+
+
+def _keep_samples(run: Run, metrics: MetricsFile | None, items: list[Item], ratio: Tensor) -> None:
+    """Write the samples down, and what they say of the policy's KL to the reference."""
     if metrics is not None:
         _write_samples(run, items, ratio.tolist())
     stderr = float(ratio.std() / math.sqrt(len(ratio))) if len(ratio) > 1 else math.nan

@@ -13,12 +13,15 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from cdpo.batch import Item
 from cdpo.change import Change
 from cdpo.checkpoint import latest_step
 from cdpo.config import Config
 from cdpo.distributed import Ranks
 from cdpo.files import read_json
-from cdpo.job import quiet_libraries, read, tokens
+from cdpo.job import check_switches, longest, quiet_libraries, read, tokens
+from cdpo.model import check_lengths
+from cdpo.run import check_fit
 from cdpo.sweep import Outcome, Task, failure
 
 DATA = ("dataset", "model", "loss", "seed")  # what decides on the Items of a run
@@ -69,22 +72,26 @@ def estimate(composed: dict[str, Any], newest: dict[str, Any]) -> Estimate:
     if key not in newest:
         newest.clear()
         newest[key] = _data(spec)
-    data, tokenizer, items = newest[key]
+    data, tokenizer, train, held_out = newest[key]
+    items = len(train)
+    check_fit(spec.optimizer, spec.trainer, spec.constraint, items, len(held_out))
     policy = getattr(spec.model, "skeleton", spec.model.load)(tokenizer, data)
+    check_lengths(policy, longest(train + held_out))
     for constraint in spec.constraint.values():
         policy = constraint.wrap(policy)
+    check_switches(policy, spec.trainer)
     numbers = sum(p.numel() for p in policy.parameters())
     trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     return Estimate(items, spec.trainer.steps(items), numbers, trainable, _bytes(policy, spec.optimizer.states) / 2**30)
 
 
-def _data(spec: Config) -> tuple[Any, Any, int]:
-    """Rows, tokenizer, and the number of Items to train on."""
+def _data(spec: Config) -> tuple[Any, Any, list[Item], list[Item]]:
+    """Rows, tokenizer, and the Items to train on and to hold out."""
     data = spec.dataset.load(spec.seed)
     tokenizer = spec.model.tokenizer(data)
     with TemporaryDirectory() as folder:  # for data_report.json
-        train, *_ = tokens(spec, data, tokenizer, Path(folder), lambda *_: None, Ranks())
-    return data, tokenizer, len(train)
+        train, held_out, *_ = tokens(spec, data, tokenizer, Path(folder), lambda *_: None, Ranks())
+    return data, tokenizer, train, held_out
 
 
 def _bytes(policy: Any, states: int) -> int:

@@ -12,11 +12,13 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+from cdpo.preemption import Signals
 
 
 def main() -> None:
@@ -36,7 +38,8 @@ def _gpus() -> list[str]:
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+    listed = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+    return [] if listed and listed[0].startswith("-") else listed  # -1 hides them all
 
 
 class Pool:
@@ -48,23 +51,24 @@ class Pool:
 
     def run(self, files: list[str]) -> None:
         """Do them all."""
-        for number in SIGNALS:
+        for number in Signals.HANDLED:
             signal.signal(number, self._pass_on)
         for file in files:
             while not self.free:
                 self._reap()
-            if not self.stopping:
-                self._start(file, self.free.pop(0))
+            self._start(file)
         while self.running:
             self._reap()
 
-    def _start(self, file: str, slot: int) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # none may come between the fork and its place in `running`
-        pid = os.fork()
-        if pid == 0:
-            _child(lambda: self._task(file, slot))
-        self.running[pid] = file, slot
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    def _start(self, file: str) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, Signals.HANDLED)  # none may come between here and `running`
+        if not self.stopping:
+            slot = self.free.pop(0)
+            pid = os.fork()
+            if pid == 0:
+                _child(lambda: self._task(file, slot))
+            self.running[pid] = file, slot
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, Signals.HANDLED)
 
     def _task(self, file: str, slot: int) -> int:
         from cdpo.sweep import read_task
@@ -88,7 +92,8 @@ class Pool:
     def _pass_on(self, number: int, *_: Any) -> None:
         self.stopping = True
         for pid in self.running:
-            os.kill(pid, number)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, number)
 
 
 def _write_to(path: Path) -> None:
@@ -100,18 +105,21 @@ def _write_to(path: Path) -> None:
 
 
 def _child(work: Callable[[], int]) -> None:
-    """Never returns: ends this process with the code of `work`."""
+    """Never returns: ends this process with the code of `work`. A signal is remembered until the run asks for it."""
     code = 1
     try:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        code = work()
-        logging.shutdown()
+        with Signals():
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, Signals.HANDLED)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            code = work()
     except SystemExit as asked:
         code = asked.code if isinstance(asked.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
     finally:
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
         os._exit(code)
 
 

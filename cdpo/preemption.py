@@ -15,6 +15,8 @@ class Signals:
 
     The same signal within half a second is the same request: a launcher passes on what SLURM sends to all processes.
 
+    Entered within another Signals, it goes on from what that one has received.
+
     SLURM sends SIGTERM to preempt and, if asked to with `--signal`, USR1 or USR2 before the time limit. Does nothing
     outside the main thread, where Python allows no handlers. Raises nothing.
     """
@@ -39,6 +41,9 @@ class Signals:
         if threading.current_thread() is threading.main_thread():
             self._owner = os.getpid()
             self._previous = {number: signal.signal(number, self._receive) for number in self.HANDLED}
+            outer = getattr(self._previous[self.HANDLED[0]], "__self__", None)
+            if isinstance(outer, Signals) and self._pending is None:
+                self._pending, self._received = outer._pending, outer._received
         return self
 
     def __exit__(self, *fault: object) -> None:

@@ -71,8 +71,7 @@ class Run:
     def __post_init__(self) -> None:
         items, trainer = self.train.items, self.trainer
         size, steps = trainer.size(len(items)), trainer.steps(len(items))
-        if self.optimizer.full_batch and size < len(items):
-            raise ConfigError("optimizer=lbfgs needs the full batch: set trainer.batch_size=null")
+        check_fit(self.optimizer, trainer, self.constraints, len(items), len(self.held_out.items))
         sizes = [item.tokens for item in items]
         self.weights = [sum(pair.weight for pair in item.pairs) if self.loss.unit == "pair" else 1.0 for item in items]
         self.plan = Plan(sizes, size, steps, self.seed, trainer.tokens_per_micro_batch)
@@ -88,10 +87,7 @@ class Run:
         self.change = Change(self.policy)
         self.betas = (reward_scale(self.loss, self.beta), self.beta)  # of the implicit reward, of the objective J
         self.state = State()
-        for name, constraint in self.constraints.items():
-            watched = getattr(constraint, "metric", None)
-            if watched and not self.held_out.items:
-                raise ConfigError(f"constraint {name} watches {watched}, but no rows are held out")
+        for constraint in self.constraints.values():
             constraint.begin(self.policy, self.change)
 
     @property
@@ -102,6 +98,18 @@ class Run:
     def context(self) -> dict[str, float]:
         """The training state that a loss may read."""
         return {"progress": self.state.step / self.plan.steps, "baseline": self.state.baseline}
+
+
+def check_fit(
+    optimizer: Schedule, trainer: Trainer, constraints: dict[str, Constraint], items: int, held_out: int
+) -> None:
+    """ConfigError for what does not go with so many Items."""
+    if optimizer.full_batch and trainer.size(items) < items:
+        raise ConfigError("optimizer=lbfgs needs the full batch: set trainer.batch_size=null")
+    for name, constraint in constraints.items():
+        watched = getattr(constraint, "metric", None)
+        if watched and not held_out:
+            raise ConfigError(f"constraint {name} watches {watched}, but no rows are held out")
 
 
 def snapshot(run: Run) -> dict[str, Any]:

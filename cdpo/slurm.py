@@ -10,7 +10,8 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,33 +20,50 @@ from cdpo.errors import ConfigError
 from cdpo.work import SlurmTask
 
 KEPT = ("SLURM_CONF",)  # says which cluster, not which job
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def submit(files: Sequence[Path], logs: Path, parameters: dict[str, Any], max_requeues: int) -> list[dict[str, str]]:
+def submit(
+    files: Sequence[Path],
+    logs: Path,
+    parameters: dict[str, Any],
+    max_requeues: int,
+    keep: Callable[[list[dict[str, str]]], None],
+) -> list[dict[str, str]]:
     """One job per task file, in arrays as large as the site allows; stdout and stderr go to `logs`. Returns their
-    job_id, stdout and stderr.
+    job_id, stdout and stderr, which `keep` is told after each array, so that a kill leaves no job that nobody knows.
 
     An array waits for the one before, so that array_parallelism holds for all of them together. All or nothing: if one
-    array is refused, those before it are cancelled. Raises ConfigError with the reason.
+    array is refused, or anything else goes wrong, those before it are cancelled. Raises ConfigError with the reason.
     """
     import submitit
 
     if not shutil.which("sbatch"):
         raise ConfigError("hydra/launcher=slurm: no sbatch on this machine; use hydra/launcher=local")
-    jobs: list[Any] = []
+    sent: list[dict[str, str]] = []
     largest = max_array_size()
+    srun = ["--kill-on-bad-exit=1"]
+    if cores := parameters.get("cpus_per_task"):
+        srun.append(f"--cpus-per-task={cores}")  # which srun no longer takes from sbatch, from SLURM 22.05 on
     with _outside_of_any_job():
         executor = submitit.SlurmExecutor(logs / "%j")
         for start in range(0, len(files), largest):
-            after = {"dependency": f"afterany:{jobs[-1].job_id.partition('_')[0]}"} if jobs else {}
+            after = {"dependency": f"afterany:{sent[-1]['job_id'].partition('_')[0]}"} if sent else {}
             try:
-                executor.update_parameters(**parameters, **after, srun_args=["--kill-on-bad-exit=1"])
+                executor.update_parameters(**parameters, **after, srun_args=srun)
                 tasks = [SlurmTask(str(file), max_requeues) for file in files[start : start + largest]]
-                jobs += executor.submit_array(tasks)
-            except (ValueError, RuntimeError) as error:  # submitit's own errors are RuntimeErrors
-                cancel([job.job_id for job in jobs])
-                raise ConfigError(f"SLURM refused the jobs, and none is left: {error}") from error
-    return [{"job_id": job.job_id, "stdout": str(job.paths.stdout), "stderr": str(job.paths.stderr)} for job in jobs]
+                sent += [_paths(job) for job in executor.submit_array(tasks)]
+                keep(sent)
+            except BaseException as error:
+                cancel([job["job_id"] for job in sent])
+                if isinstance(error, (ValueError, RuntimeError)):  # submitit's own errors are RuntimeErrors
+                    raise ConfigError(f"SLURM refused the jobs, and none is left: {error}") from error
+                raise
+    return sent
+
+
+def _paths(job: Any) -> dict[str, str]:
+    return {"job_id": job.job_id, "stdout": str(job.paths.stdout), "stderr": str(job.paths.stderr)}
 
 
 def max_array_size() -> int:
@@ -77,6 +95,18 @@ def accounted(ids: Sequence[str]) -> dict[str, str]:
     return {parts[0]: " ".join(parts[1:]) for parts in (line.split("|") for line in lines) if len(parts) == 3}
 
 
+def settled(ids: Sequence[str], seconds: float = 10.0) -> dict[str, str]:
+    """The same of jobs that have left the queue: accounting may lag behind it, and is asked again for some seconds."""
+    deadline = time.monotonic() + seconds
+    while ids and "accounting_storage/none" not in _output("scontrol", "show", "config"):
+        found = accounted(ids)
+        states = {found.get(one, "PENDING").split()[0] for one in ids}
+        if not states & {"PENDING", "RUNNING", "COMPLETING"} or time.monotonic() > deadline:
+            return found
+        time.sleep(0.5)
+    return {}
+
+
 def cancel(ids: Sequence[str]) -> None:
     """Take jobs back."""
     if ids:
@@ -93,9 +123,16 @@ def _output(*command: str) -> str:
 
 @contextmanager
 def _outside_of_any_job() -> Iterator[None]:
-    """Without the SLURM_* of an allocation that we may be in: sbatch hands it to the new jobs, whose srun fails."""
-    ours = ("SLURM_", "SLURMD_", "SBATCH_", "SUBMITIT_")
-    gone = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(ours) and name not in KEPT}
+    """Without the SLURM_* of an allocation that we may be in: sbatch hands it to the new jobs, whose srun fails.
+
+    Nor a place among ranks, which the new jobs have of their own. SBATCH_*, a person's own defaults, stay.
+    """
+    ours = ("SLURM_", "SLURMD_", "SUBMITIT_")
+    gone = {
+        name: os.environ.pop(name)
+        for name in list(os.environ)
+        if (name.startswith(ours) and name not in KEPT) or name in RANKS
+    }
     try:
         yield
     finally:

@@ -77,10 +77,11 @@ def forget(folder: Path) -> bool:
 
 
 def write_task(task: Task, composed: dict[str, Any]) -> Path:
-    """Put a task where another process finds it; forgets how it ended before. Raises DiskError."""
+    """Put a task where another process finds it; forgets how it ended before, and its requeues. Raises DiskError."""
     path = task.file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    task.file(".ending").unlink(missing_ok=True)
+    for kind in (".ending", ".requeues"):
+        task.file(kind).unlink(missing_ok=True)
     plain = task._asdict() | {"directory": str(task.directory), "sweep": str(task.sweep), "composed": composed}
     write_json(path, plain)
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from composing import composed
 from sweeping import Sweeper
 
 from cdpo.config import read as read_config
+from cdpo.errors import ConfigError
 from cdpo.estimate import estimate
 from cdpo.job import run
 from cdpo.model import HuggingFace
@@ -66,6 +68,22 @@ def test_a_skeleton_has_the_shapes_of_the_model_and_takes_adapters(tmp_path):
     assert shapes[0] == shapes[1]
     tree = composed(f"model.name_or_path={tmp_path}/run/model", "model=hf", "constraint=lora_r2", "logger=none")
     assert estimate(tree, {}).trainable == run(tree, tmp_path / "again")["trainable"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["model=tabular", "optimizer=lbfgs", "trainer.batch_size=4"],
+        ["model=tabular", "trainer.gradient_checkpointing=true"],
+        ["model.max_positions=2"],
+    ],
+)
+def test_what_the_run_would_refuse_is_refused(options, tmp_path):
+    tree = composed("logger=none", *options)
+    with pytest.raises(ConfigError) as said:
+        run(tree, tmp_path / "run")
+    with pytest.raises(ConfigError, match=re.escape(str(said.value))):
+        estimate(tree, {})
 
 
 def test_a_sweep_is_described_refusals_are_counted_and_nothing_is_started(tmp_path):

@@ -85,6 +85,16 @@ def test_a_forked_worker_still_dies():
         assert not signals.requested
 
 
+def test_an_inner_one_goes_on_from_what_the_outer_has_received():
+    """A signal that comes between a job's start and its training."""
+    with Signals():
+        os.kill(os.getpid(), signal.SIGUSR2)
+        with Signals() as inner:
+            assert inner.poll() == "SIGUSR2"
+    with Signals() as signals:
+        assert signals.poll() is None
+
+
 def test_outside_the_main_thread_nothing_is_touched():
     before, seen = [signal.getsignal(number) for number in HANDLED], []
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from sweeping import Sweeper, trajectory
 
+from cdpo import slurm as slurm_jobs
 from cdpo import status
 
 CLUSTER = Path(__file__).parent / "slurm_cluster"
@@ -22,10 +23,11 @@ pytestmark = pytest.mark.slow
 @contextmanager
 def cluster(folder, **options):
     """A SLURM of two nodes with two cores each; `options` as slurm-up.sh says."""
-    if not shutil.which("slurmctld", path=os.environ["PATH"] + ":/usr/sbin:/sbin"):
+    programs = ("slurmctld", "slurmd", "sbatch", "slurmdbd", "mariadbd")
+    if lacking := [name for name in programs if not shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin")]:
         if os.environ.get("CDPO_REQUIRE_SLURM"):
-            pytest.fail("slurmctld is not installed, and CDPO_REQUIRE_SLURM is set")
-        pytest.skip("slurmctld is not installed (Debian: slurmctld slurmd slurm-client slurmdbd mariadb-server-core)")
+            pytest.fail(f"{', '.join(lacking)} not installed, and CDPO_REQUIRE_SLURM is set")
+        pytest.skip(f"no {', '.join(lacking)} (Debian: slurmctld slurmd slurm-client slurmdbd mariadb-server-core)")
     before = dict(os.environ)
     subprocess.run([CLUSTER / "slurm-up.sh", folder, "2", "2", "2"], check=True, timeout=90, env=before | options)
     os.environ.update(SLURM_CONF=str(folder / "slurm.conf"), PATH=f"{folder / 'bin'}:{os.environ['PATH']}")
@@ -60,10 +62,9 @@ def sweeper(slurm, tmp_path):
 
 
 def states(sweeper) -> list[str]:
-    """What accounting says of all jobs of a sweep."""
+    """What accounting, which lags a little behind, says of all jobs of a sweep."""
     jobs = [job["job_id"] for job in json.loads((sweeper.out / "jobs.json").read_text()).values()]
-    command = ["sacct", "-nXP", "-o", "State", "-j", ",".join({job.split("_")[0] for job in jobs})]
-    return sorted(line.split()[0] for line in subprocess.check_output(command, text=True).splitlines())
+    return sorted(account.split()[0] for account in slurm_jobs.settled(jobs).values())
 
 
 def until(condition, seconds: float = 120) -> None:
@@ -103,7 +104,7 @@ LOW = ("loss.how=none", "loss.seconds=0.1", "constraint=[lora_r1,dropout]", "see
 
 def preempt(sweeper, times: int, steps: int) -> Path:
     """Run LOW, preempted so many times by a job of a higher partition; returns the run's directory once it is done."""
-    process = sweeper.start(*LOW, f"trainer.max_steps={steps}")
+    process = sweeper.start(*LOW, f"trainer.max_steps={steps}")  # 0.1 s a step, so it outlasts a slow preemption
     until(lambda: reached(sweeper.out, 8))
     for _ in range(times):
         (metrics,) = sweeper.out.glob("*/metrics.jsonl")
@@ -131,14 +132,14 @@ def same_as_uninterrupted(run: Path, folder: Path, marker: Path, *options: str) 
 
 
 def test_a_run_preempted_three_times_ends_as_one_that_was_not(sweeper, tmp_path):
-    run = preempt(sweeper, 3, 90)
-    same_as_uninterrupted(run, tmp_path / "plain", sweeper.marker, *LOW[:-1], "trainer.max_steps=90")
+    run = preempt(sweeper, 3, 300)
+    same_as_uninterrupted(run, tmp_path / "plain", sweeper.marker, *LOW[:-1], "trainer.max_steps=300")
 
 
 @pytest.mark.timeout(900)
 def test_a_run_that_needs_more_than_its_time_is_requeued_and_ends_the_same(sweeper, tmp_path):
-    options = (*LOW[:-1], "trainer.max_steps=36", "loss.seconds=1")  # 36 s and more, of 30 s
-    code, text = sweeper.run(*options, "hydra.launcher.timeout_min=1")
+    options = (*LOW[:-1], "trainer.max_steps=100", "loss.seconds=1")  # 100 s and more; saved after 30 to 90 s
+    code, text = sweeper.run(*options, "hydra.launcher.timeout_min=2")
     assert code == 0, text
     (run,) = sweeper.out.glob("bandit-*")
     assert json.loads(next(sweeper.out.glob(".jobs/*.requeues.json")).read_text())["total"] >= 1
@@ -148,43 +149,66 @@ def test_a_run_that_needs_more_than_its_time_is_requeued_and_ends_the_same(sweep
 def test_a_cancelled_run_is_saved_and_not_restarted(sweeper):
     process = sweeper.start("loss.how=none", "loss.seconds=0.1", "trainer.max_steps=400")
     until(lambda: reached(sweeper.out, 3))
+    (waiting,) = status.rows(sweeper.out)
+    assert (waiting.state, waiting.step.split("/")[1]) == ("running", "400")
     (job,) = json.loads((sweeper.out / "jobs.json").read_text()).values()
     subprocess.run(["scancel", job["job_id"]], check=True)
-    assert process.wait(60) == 1
+    assert process.wait(180) == 1
     assert states(sweeper) == ["CANCELLED"]
+    (row,) = status.rows(sweeper.out)
+    assert (row.state, "SIGTERM" in row.cause) == ("preempted", True)
     (run,) = sweeper.out.glob("bandit-*")
     assert list(run.glob("checkpoints/checkpoint-*"))
     assert json.loads((run / "status.json").read_text())["state"] == "preempted"
 
 
-def test_detached_jobs_are_seen_and_not_submitted_twice(sweeper):
-    grid = ("loss.how=none", "loss.seconds=0.2", "trainer.max_steps=40", "seed=0,1", "hydra.launcher.wait=false")
-    code, text = sweeper.run(*grid)
-    assert code == 0, text
-    assert "2 jobs submitted, 0 in the queue before" in text
+def test_detached_jobs_are_seen_and_not_submitted_twice_from_within_a_job_too(sweeper, tmp_path):
+    site = ("wait=false", "mem_gb=1", f"setup=[touch {tmp_path}/setup]", "additional_parameters={comment: ours}")
+    grid = ("loss.how=none", "loss.seconds=0.2", "trainer.max_steps=150", "seed=0,1")
+    grid += tuple(f"hydra.launcher.{option}" for option in site)
+    within = subprocess.run(  # the job's own SLURM_* would make the new jobs' srun fail
+        ["srun", "-n1", "--cpus-per-task=1", *sweeper.command(*grid)],
+        capture_output=True, text=True, env=sweeper.environment(),
+    )  # fmt: skip
+    assert "2 jobs submitted, 0 in the queue before" in within.stdout, within.stderr
     assert {row.state for row in status.rows(sweeper.out)} <= {"waiting", "running"}
     assert "0 jobs submitted, 2 in the queue before" in sweeper.run(*grid)[1]
+    (job, _) = (job["job_id"] for job in json.loads((sweeper.out / "jobs.json").read_text()).values())
+    shown = subprocess.check_output(["scontrol", "show", "job", "-o", job], text=True)
+    assert "MinMemoryNode=1G" in shown
+    assert "Comment=ours" in shown
     until(lambda: {row.state for row in status.rows(sweeper.out)} == {"finished"})
+    assert (tmp_path / "setup").exists()
+
+
+def test_a_job_that_ends_before_it_begins_is_failed_and_its_log_named(sweeper):
+    code, text = sweeper.run("loss.how=none", "hydra.launcher.setup=[exit 7]")
+    assert code == 1, text
+    assert "was ended by SLURM (FAILED 7:0)" in sweeper.endings()["none"]
+    (row,) = status.rows(sweeper.out)
+    assert row.state == "failed"
+    assert "ended by SLURM (FAILED 7:0) before it began: see" in row.cause
 
 
 def test_without_accounting_preempted_killed_and_unreadable_runs_are_told_apart(austere_slurm, tmp_path):
     sweeper = Sweeper(tmp_path, *OPTIONS)
-    preempt(sweeper, 1, 40)
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
-    bad = ("dataset=jsonl", f"dataset.path={tmp_path}/bad.jsonl", "dataset.eval_size=0", "model=tiny")
+    preempt(sweeper, 1, 150)
     faults = Sweeper(tmp_path / "faults", *OPTIONS)
-    code, text = faults.run("loss.how=none", *bad)
+    (tmp_path / "bad.json").write_text('{"prompts": ["a"], "responses": ["b", "b"], "rewards": [[0, 1]]}')
+    code, text = faults.run("loss.how=kill,raise,none", "dataset=bandit", f"dataset.path=null,{tmp_path}/bad.json")
     assert code == 1, text
-    assert "bad.jsonl:1" in text
-    code, text = sweeper.run("loss.how=kill,raise,none")
-    assert code == 1
-    assert "there is no accounting" in sweeper.endings()["kill"]
-    assert "on purpose" in sweeper.endings()["raise"]
-    assert sweeper.endings()["none"] == "done"
+    runs = json.loads((faults.out / "sweep.json").read_text())["runs"]
+    bad, good = ([run for run in runs if ("bad.json" in run["command"]) == is_bad] for is_bad in (True, False))
+    assert len(bad) == 3
+    assert all("holds 'b' twice" in run["ending"] for run in bad)
+    found = {run["command"].partition("loss.how=")[2].split()[0]: run["ending"] for run in good}
+    assert "there is no accounting" in found["kill"]
+    assert "on purpose" in found["raise"]
+    assert found["none"] == "done"
 
 
 def test_two_nodes_do_one_run_preempted_with_the_numbers_of_one_process(sweeper, tmp_path):
-    options = ("loss.how=none", "loss.seconds=0.1", "trainer.max_steps=40", "trainer.batch_size=3", "seed=3")
+    options = ("loss.how=none", "loss.seconds=0.1", "trainer.max_steps=150", "trainer.batch_size=3", "seed=3")
     refused, text = sweeper.run(*options, "hydra.launcher.nodes=2")
     assert refused == 1, text
     assert "set trainer.distributed=ddp or fsdp" in sweeper.endings()["none"]
@@ -199,7 +223,7 @@ def test_two_nodes_do_one_run_preempted_with_the_numbers_of_one_process(sweeper,
     assert "resumed from step" in (run / "train.log").read_text()
     (tmp_path / "plain").mkdir()
     plain = Sweeper(tmp_path / "plain", "trainer.threads=1")
-    code, text = plain.run(*options, f"loss.marker={sweeper.marker}")
+    code, text = plain.run(*(options[0], *options[2:]), f"loss.marker={sweeper.marker}")
     assert code == 0, text
     (other,) = plain.out.glob("bandit-*")
     ours, theirs = trajectory(run), trajectory(other)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -22,8 +23,12 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict, read_write
 
+from cdpo.preemption import Signals
+
 if TYPE_CHECKING:
     from cdpo.sweep import Outcome, Task
+
+log = logging.getLogger(__name__)
 
 
 class Processes(Launcher):
@@ -45,6 +50,7 @@ class Processes(Launcher):
 
         if place().size > 1:
             raise ConfigError(sweep.ALONE)
+        self.check()
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         if self.config.dry_run:
@@ -53,6 +59,9 @@ class Processes(Launcher):
             outcomes = self.outcomes(job_overrides)
         sweep.OUTCOMES.extend(outcomes)
         return [_returned(outcome) for outcome in outcomes]
+
+    def check(self) -> None:
+        """ConfigError for an option that cannot be used."""
 
     def dry(self, job_overrides: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
         """Say what the jobs would be, and do none."""
@@ -113,20 +122,27 @@ class Local(Processes):
         super().__init__(retry_failed)
         self.at_once = at_once
 
+    def check(self) -> None:
+        at_least(1, "at_once", self.at_once)
+
     def carried_out(self, tasks: list[Task], jobs: int) -> list[Outcome]:
         """Through cdpo.local, which gets every signal that comes here."""
         from cdpo.progress import Progress
         from cdpo.sweep import read_ending
 
+        if not tasks:
+            return []
         by_file = {str(task.file()): task for task in tasks}
         codes: dict[str, int] = {}
         plan = {"files": list(by_file), "jobs": jobs, "at_once": self.at_once}
-        with _pool(plan) as lines, Progress(len(tasks), 0, "runs", quiet=not tasks) as bar:
+        with _pool(plan) as lines, Progress(len(tasks), 0, "runs") as bar:
             for line in lines:
                 ended = json.loads(line)
                 codes[ended["file"]] = ended["code"]
                 bar.update(len(codes))
-        return [read_ending(task) or _killed(task, codes.get(file)) for file, task in by_file.items()]
+        return [
+            _own_word(task) or read_ending(task) or _killed(task, codes.get(file)) for file, task in by_file.items()
+        ]
 
 
 class Slurm(Processes):
@@ -138,6 +154,12 @@ class Slurm(Processes):
         super().__init__(retry_failed)
         self.wait, self.poll_s, self.max_requeues = wait, poll_s, max_requeues
         self.sbatch = {SUBMITIT.get(key, key): value for key, value in sbatch.items() if value not in (None, [], {})}
+        if "mem" in self.sbatch:
+            self.sbatch["mem"] = f"{self.sbatch['mem']}GB"  # a bare number means megabytes
+
+    def check(self) -> None:
+        at_least(0, "poll_s", self.poll_s)
+        at_least(0, "max_requeues", self.max_requeues)
 
     def composed(self, overrides: Sequence[str]) -> tuple[Task, dict[str, Any], Outcome | None]:
         """The same; a job of several tasks, all of which do one run, needs to be told how they share it."""
@@ -162,9 +184,13 @@ class Slurm(Processes):
         there = slurm.queued([known[task.directory.name]["job_id"] for task in tasks if task.directory.name in known])
         new = [task for task in tasks if known.get(task.directory.name, {}).get("job_id") not in there]
         options = {"job_name": f"cdpo-{folder.name}"} | self.sbatch
-        sent = slurm.submit([task.file() for task in new], folder / ".submitit", options, self.max_requeues)
-        known |= {task.directory.name: {**job, "command": task.command} for task, job in zip(new, sent)}
-        write_json(file, known)
+
+        def keep(sent: list[dict[str, str]]) -> None:
+            jobs = {task.directory.name: {**job, "command": task.command} for task, job in zip(new, sent)}
+            write_json(file, known | jobs)
+
+        sent = slurm.submit([task.file() for task in new], folder / ".submitit", options, self.max_requeues, keep)
+        known |= {task.directory.name: job for task, job in zip(new, sent)}
         print(f"{len(new)} jobs submitted, {len(tasks) - len(new)} in the queue before; cdpo-status {folder}")
         return self.waited(tasks, [known[task.directory.name]["job_id"] for task in tasks]) if self.wait else []
 
@@ -173,31 +199,49 @@ class Slurm(Processes):
         from cdpo import slurm
         from cdpo.progress import Progress
 
-        states = slurm.queued(ids)
+        states = dict.fromkeys(ids, "PENDING")
         with suppress(KeyboardInterrupt), Progress(len(ids), 0, "jobs", quiet=not ids) as bar:
-            while states:
+            while states := self.still(ids, states):
                 running = list(states.values()).count("RUNNING")
                 bar.update(len(ids) - len(states), running=running, waiting=len(states) - running)
                 time.sleep(self.poll_s)
-                states = slurm.queued(ids)
             bar.update(len(ids))
-        accounts = slurm.accounted(ids) if ids else {}
+        over = [(task, job) for task, job in zip(tasks, ids) if job not in states]
+        accounts = slurm.settled([job for task, job in over if _own_word(task) is None])
         return [self.outcome(task, job, states, accounts) for task, job in zip(tasks, ids)]
+
+    def still(self, ids: list[str], before: dict[str, str]) -> dict[str, str]:
+        """States of the jobs that are not over; as they were `before` where the controller does not answer."""
+        from cdpo import slurm
+        from cdpo.errors import ConfigError
+
+        try:
+            return slurm.queued(ids)
+        except ConfigError as error:
+            log.warning("%s; asking again in %g s", error, self.poll_s)
+            return before
 
     def outcome(self, task: Task, job: str, states: dict[str, str], accounts: dict[str, str]) -> Outcome:
         """What a run says of itself; else what SLURM does."""
-        from cdpo.sweep import Outcome, earlier, read_ending
+        from cdpo.sweep import Outcome
 
         if job in states:
             return Outcome(task, f"job {job} is {states[job].lower()}: cdpo-status, scancel {job}", 75)
-        said, account = read_ending(task), accounts.get(job, "without a word, and there is no accounting")
-        if said is None or said.exit_code == 75:
-            said = earlier(task, retry_failed=True)
-        return said or Outcome(task, f"job {job} was ended by SLURM ({account}); the same command goes on", 1)
+        account = accounts.get(job, "without a word, and there is no accounting")
+        ended = f"job {job} was ended by SLURM ({account}), and jobs.json names its logs; the same command goes on"
+        return _own_word(task) or Outcome(task, ended, 1)
 
 
 #: what cdpo's files and submitit call by another name than sbatch
 SUBMITIT = {"timeout_min": "time", "tasks_per_node": "ntasks_per_node", "mem_gb": "mem"}
+
+
+def at_least(least: int, name: str, value: float | None) -> None:
+    """Raise ConfigError unless an option is null, or a number from `least` on."""
+    from cdpo.errors import ConfigError
+
+    if value is not None and not (isinstance(value, (int, float)) and value >= least):
+        raise ConfigError(f"hydra.launcher.{name}={value} must be a number, at least {least}")
 
 
 @contextmanager
@@ -224,7 +268,7 @@ def _pool(plan: dict[str, Any]) -> Iterator[Any]:
     command = [sys.executable, "-m", "cdpo.local"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, start_new_session=True, **pipes) as pool:  # type: ignore[call-overload]
-        handlers = {n: signal.signal(n, lambda n, _: pool.send_signal(n)) for n in (signal.SIGTERM, signal.SIGINT)}
+        handlers = {n: signal.signal(n, lambda n, _: pool.send_signal(n)) for n in Signals.HANDLED}
         try:
             pool.stdin.write(json.dumps(plan))
             pool.stdin.close()
@@ -232,6 +276,16 @@ def _pool(plan: dict[str, Any]) -> Iterator[Any]:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+    if pool.returncode > 0:
+        raise RuntimeError(f"the process that starts the runs ended with {pool.returncode}; its message stands above")
+
+
+def _own_word(task: Task) -> Outcome | None:
+    """What a run says of its end, unless it was stopped before, or says nothing."""
+    from cdpo.sweep import earlier, read_ending
+
+    said = read_ending(task)
+    return earlier(task, retry_failed=True) if said is None or said.exit_code == 75 else said
 
 
 def _killed(task: Task, code: int | None) -> Outcome:
