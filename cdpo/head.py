@@ -196,6 +196,17 @@ def linear_head(model: nn.Module) -> nn.Linear | None:
     return head if type(head) is nn.Linear and known and not hooked and not compiled else None
 
 
+def undecided(head: nn.Linear) -> bool:
+    """Whether nothing is known yet of what its model does to the logits."""
+    return head not in _SHAPES
+
+
+def distrust(model: nn.Module) -> None:
+    """Let the head do its own work from now on: what the model makes of its logits is none of the known shapes."""
+    if (head := linear_head(model)) is not None:
+        _SHAPES[head] = None
+
+
 @contextmanager
 def forward_is(module: nn.Module, instead: Callable[..., Any]) -> Iterator[None]:
     """Within the block a call of `module` does `instead`; the hooks around its forward pass stay."""

@@ -30,7 +30,7 @@ from cdpo.constraints.freeze import decoder_layers
 from cdpo.distributed import Ranks, shard, started, whole_tree
 from cdpo.engine import fit
 from cdpo.errors import ConfigError, DataError, DiskError, Preempted, RankLost
-from cdpo.files import read_json, redact, sha256, sweep, write_atomic, write_json
+from cdpo.files import read_json, redact, remove, sha256, sweep, write_atomic, write_json
 from cdpo.lock import locked
 from cdpo.logps import one_by_one
 from cdpo.losses.candidates import OnCandidates
@@ -85,6 +85,8 @@ def _begin(composed: dict[str, Any], folder: Path, files: dict[str, Any], comman
     _same_run(composed, folder)
     if _state(folder) in ("finished", "stopped_early"):
         return read_json(folder / "summary.json")  # type: ignore[no-any-return]
+    if latest_step(folder / "checkpoints") < 0:  # nothing was trained: the reference may be another one
+        remove(folder / "reference.safetensors")
     for name, content in (files | {"inputs.json": _inputs(composed)}).items():
         write_json(folder / name, content)
     write_atomic(folder / "command.txt", command + "\n")

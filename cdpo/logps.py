@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cdpo.attention import Trees
-from cdpo.head import Tokens, forward_is, left_out, linear_head, shape_of, token_logps
+from cdpo.head import Tokens, distrust, forward_is, left_out, linear_head, shape_of, token_logps, undecided
 
 if TYPE_CHECKING:
     from cdpo.batch import Batch, Item
@@ -49,8 +49,14 @@ def _tokens(model: nn.Module, batch: Batch, statistics: bool) -> Tokens:
 
     def lean(**inputs: Any) -> Tokens:
         assert head is not None
-        with left_out(head) as hidden:
-            probed = forward(**inputs).logits
+        try:
+            with left_out(head) as hidden:
+                probed = forward(**inputs).logits
+        except Exception:
+            if not undecided(head):
+                raise
+            distrust(model)  # whatever the model does with its logits, it cannot do it with PROBES
+            return plain(**inputs)
         shape = shape_of(model, head, probed) if len(hidden) == 1 else None
         if shape is None:
             return plain(**inputs)

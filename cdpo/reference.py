@@ -22,6 +22,7 @@ from cdpo import attention, cache
 from cdpo.batch import Batch, Item, Logps
 from cdpo.distributed import ALONE, Ranks
 from cdpo.errors import ConfigError, NumericsError
+from cdpo.head import distrust
 from cdpo.logps import one_by_one, score
 from cdpo.packing import by_tokens, pack
 
@@ -83,19 +84,29 @@ def layout_for(model: Any, items: Sequence[Item], wanted: str) -> tuple[bool, st
     """Whether rows must be padded, and why: packed trees are used where they give the numbers of the plain forward.
 
     Compares numbers on two Items; an architecture is not trusted by name. `wanted` is the model's `attention`.
+    Raises ConfigError for a model whose padded rows do not give those numbers either.
     """
+    probe = _probe(items)
+    with torch.no_grad():
+        expected = one_by_one(model, probe)
+
+    def agrees(padded: bool) -> bool:
+        with torch.no_grad():
+            batch = pack(probe, padded=padded).to(expected.device)
+            return bool(((score(model, batch) - expected).abs() <= _rounding(model.dtype, batch.length)).all())
+
+    if not agrees(padded=True):
+        distrust(model)
+        if not agrees(padded=True):
+            raise ConfigError("padded rows give other log-probs than single ones: this model takes no batches")
     if wanted != "trees":
         return True, f"model.attention={wanted}"
     attention.register()
     before = getattr(model.config, "_attn_implementation", None)
-    probe = _probe(items)
     with torch.no_grad():
-        expected = one_by_one(model, probe)
         try:
             model.set_attn_implementation(attention.NAME)
-            batch = pack(probe).to(expected.device)
-            agree = (score(model, batch) - expected).abs() <= _rounding(model.dtype, batch.length)
-            reason = "" if bool(agree.all()) else "its packed log-probs differ from the plain ones"
+            reason = "" if agrees(padded=False) else "its packed log-probs differ from the plain ones"
             if model.config._attn_implementation != attention.NAME:
                 reason = "its attention cannot be replaced"
         except Exception as error:  # whatever an architecture makes of the layout, padded rows are right

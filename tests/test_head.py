@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from architectures import ITEMS, SHAPE, build, gradients, load, plain
 from torch import nn
-from transformers import CohereConfig, Gemma2Config, GraniteConfig
+from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM
 
 from cdpo import head
 from cdpo.head import Shape, left_out, linear_head, shape_of, token_logps
-from cdpo.logps import score, score_with_statistics
+from cdpo.logps import one_by_one, score, score_with_statistics
 from cdpo.packing import pack
+from cdpo.reference import layout_for
 
 M, WIDTH, V = 7, 5, 23
 ROW = torch.tensor([0, 1, 2, 0, 3, 4, 0, 5, 6, 6])  # three responses start at position 0
@@ -102,23 +104,34 @@ def test_huge_and_impossible_logits_stay_finite():
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_no_more_than_a_slice_of_logits_is_alive(trained, monkeypatch):
-    """Every tensor that forward and backward make is counted as it is made."""
+    """After every operation of forward and backward, the bytes of all that they made and still hold."""
+    from torch.multiprocessing.reductions import StorageWeakRef
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    largest = []
+    held: dict[int, tuple[StorageWeakRef, int]] = {}
+    peaks = [0]
 
-    class Sizes(TorchDispatchMode):
+    class Held(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            made = out if isinstance(out, tuple) else (out,)
-            largest.extend(x.numel() for x in made if isinstance(x, torch.Tensor))
+            for x in out if isinstance(out, tuple) else (out,):
+                if isinstance(x, torch.Tensor):
+                    storage = x.untyped_storage()
+                    held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+            for name in [name for name, (storage, _) in held.items() if storage.expired()]:
+                del held[name]
+            peaks.append(max(peaks[-1], sum(size for _, size in held.values())))
             return out
 
-    monkeypatch.setattr(head, "CHUNK", 8 * M * 8)  # eight columns of 23, where the weight has 5 x 23
-    hidden, linear, weight = parts(frozen=not trained)
-    with Sizes():
-        backward(token_logps(hidden, linear, ROW, TARGET, statistics=True).logp, weight, hidden, linear)
-    assert max(largest) <= max(V * WIDTH, 8 * M) < M * V
+    positions, vocabulary, width = 64, 512, 4
+    slice_, gradient = 8 * positions * vocabulary // 8, 8 * vocabulary * width
+    monkeypatch.setattr(head, "CHUNK", slice_)
+    hidden = torch.randn(positions, width, dtype=torch.float64, requires_grad=True)
+    linear = nn.Linear(width, vocabulary, bias=False, dtype=torch.float64).requires_grad_(trained)
+    row = torch.arange(positions)
+    with Held():
+        token_logps(hidden, linear, row, row, statistics=True).logp.sum().backward()
+    assert slice_ < peaks[-1] < 3 * slice_ + 3 * gradient < 8 * positions * vocabulary
 
 
 def test_bfloat16_weights_lose_no_more_than_their_logits_do():
@@ -191,6 +204,35 @@ def test_an_unknown_treatment_of_logits_is_left_to_the_model(folders):
     expected = [part.sum() for part in logp.split(batch.length.tolist())]
     torch.testing.assert_close(found, torch.stack(expected))
     assert statistics.entropy.isfinite().all()
+
+
+class Sliced(LlamaForCausalLM):
+    """A head that is wider than the vocabulary, as some pad it; PROBES pass through it unchanged."""
+
+    def forward(self, **inputs):
+        out = super().forward(**inputs)
+        out.logits = out.logits[..., : self.config.vocab_size - 9]
+        return out
+
+
+class Biased(LlamaForCausalLM):
+    """Logits that take what only the whole vocabulary has."""
+
+    def forward(self, **inputs):
+        out = super().forward(**inputs)
+        out.logits = out.logits + torch.linspace(-1, 1, self.config.vocab_size)
+        return out
+
+
+@pytest.mark.parametrize("kind", [Sliced, Biased])
+@pytest.mark.parametrize("wanted", ["trees", "sdpa"])
+def test_what_probes_do_not_show_numbers_do(kind, wanted):
+    torch.manual_seed(0)
+    model = kind(LlamaConfig(**SHAPE)).eval()
+    items = [replace(item, responses=[[t % 20 for t in r] for r in item.responses]) for item in ITEMS["uneven"]]
+    expected = one_by_one(model, items)
+    padded, _ = layout_for(model, items, wanted)
+    torch.testing.assert_close(score(model, pack(items, padded=padded)), expected, rtol=0, atol=1e-4)
 
 
 def test_adapted_hooked_and_compiled_heads_are_left_alone(folders):

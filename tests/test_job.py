@@ -473,3 +473,20 @@ def test_no_secret_reaches_a_file(tmp_path, monkeypatch):
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in files)
     assert not [path for path in files if b"abcd1234secret" in path.read_bytes()]
+
+
+def test_a_run_that_failed_before_its_first_number_may_start_from_another_model(tmp_path, monkeypatch):
+    """Nothing of the first attempt is taken over, its reference least of all."""
+    settings = [*SMALL, "constraint=lora_r2"]
+
+    def fails(run):
+        raise RuntimeError("before any step")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "fit", fails)
+        with pytest.raises(RuntimeError):
+            job.run(composed(*settings), tmp_path / "run")
+    assert (tmp_path / "run" / "reference.safetensors").is_file()
+    job.run(composed(*settings, "model.init_seed=1"), tmp_path / "run")
+    job.run(composed(*settings, "model.init_seed=1"), tmp_path / "other")
+    assert timeless(tmp_path / "run") == timeless(tmp_path / "other")

@@ -265,8 +265,10 @@ def test_a_chosen_attention_pads(folders):
 def test_an_architecture_that_chokes_falls_back(folders, error, monkeypatch):
     model = load(folders["llama"], packed=False)
 
-    def choke(*args, **kwargs):
-        raise error
+    def choke(model, batch):
+        if batch.attention_mask is None:
+            raise error
+        return score(model, batch)
 
     monkeypatch.setattr("cdpo.reference.score", choke)
     padded, reason = layout_for(model, ITEMS["even"], "trees")

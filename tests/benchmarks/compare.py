@@ -20,7 +20,8 @@ from benchmarks.floor import flops, speed
 from benchmarks.sides import Side
 from cdpo.batch import Item
 
-TOLERANCE = {"default": 3e-2}  # TRL's default computes in bfloat16
+BFLOAT16 = 3e-2  # of losses and gradients, where a side computes in bfloat16: TRL's default, and all on a GPU
+FLOAT32 = 1e-4
 VARIANTS = ["default", "best", "compact"]  # of TRL; see theirs.py
 WARM = 1  # steps before the clock runs
 
@@ -55,10 +56,14 @@ def compare(case: Case, variants: list[str], rounds: int, data: Path, work: Path
     checked = {}
     for variant in variants:
         with Side("cdpo", *options) as ours, Side(variant, *options) as theirs:
-            checked[variant] = check(ours, theirs, TOLERANCE.get(variant, 1e-4))
+            checked[variant] = check(ours, theirs, _tolerance(variant, device))
             print(f"{case.name}: {variant} computes the same: {checked[variant]}", flush=True)
     found = {variant: _turns(case, variant, items, rounds, options) for variant in variants}
     return {"case": vars(case), "lengths": _lengths(items), "same": checked, "against": found}
+
+
+def _tolerance(variant: str, device: str) -> float:
+    return BFLOAT16 if variant == "default" or device == "cuda" else FLOAT32
 
 
 def _turns(case: Case, variant: str, items: list[Item], rounds: int, options: Any) -> dict[str, Any]:
@@ -68,6 +73,9 @@ def _turns(case: Case, variant: str, items: list[Item], rounds: int, options: An
     with Side("cdpo", *options) as ours, Side(variant, *options) as theirs:
         for step in range(WARM + rounds):
             took = {side.name: side.step() for side in (ours, theirs)}
+            losses = [side.reply["loss"] for side in (ours, theirs)]
+            if not abs(losses[0] - losses[1]) <= _tolerance(variant, options[3]):
+                raise Different(f"{variant}: losses {losses} of step {step + 1}")
             part = items[step * case.batch : (step + 1) * case.batch]
             fastest = flops(case, part) / speed(options[3])
             if step >= WARM:

@@ -83,6 +83,9 @@ def _ours(work: Path, folder: Path, options: dict[str, Any]) -> list[str]:
         "allow_targets": "[benchmarks.]",
         "logger": "none",
         "output_root": folder,
+        "dataset.max_prompt_tokens": 4096,
+        "dataset.max_response_tokens": 4096,
+        "trainer.max_grad_norm": "null",  # so that gradients show their scale
         "trainer.batch_size": options["batch"],
         "trainer.max_steps": options["steps"],
         "trainer.checkpoint_every": 10**9,

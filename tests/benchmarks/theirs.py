@@ -19,7 +19,7 @@ from benchmarks.channel import Channel, plain
 
 VARIANTS = {
     "default": {},  # checkpoints activations, computes in bfloat16, scores the reference in every step
-    "best": {"precompute_ref_log_probs": True, "gradient_checkpointing": False, "bf16": False},
+    "best": {"precompute_ref_log_probs": True, "gradient_checkpointing": False, "bf16": torch.cuda.is_available()},
 }
 VARIANTS["compact"] = VARIANTS["best"]  # and the head at response tokens only, which TRL itself does on GPUs alone
 
@@ -84,6 +84,7 @@ def _config(folder: Path, variant: str, options: dict) -> DPOConfig:
         per_device_train_batch_size=options["batch"],
         gradient_accumulation_steps=accumulated,
         learning_rate=options["learning_rate"],
+        max_grad_norm=0,  # no clipping, as on cdpo's side
         lr_scheduler_type="constant",
         max_length=None,
         train_sampling_strategy="sequential",
