@@ -28,24 +28,25 @@ class Trees:
     """
 
     def __init__(self, batch: Batch) -> None:
-        self._tree, self._branch, self._count = batch.tree[0], batch.branch[0], len(batch.sources)
+        self._batch = batch
         self._added: dict[torch.dtype, list[Tensor]] = {}  # the masks as numbers, once per dtype
 
     @cached_property
     def sizes(self) -> list[int]:
         """Tokens of each tree."""
-        return torch.bincount(self._tree, minlength=self._count).tolist()
+        return torch.bincount(self._batch.tree[0], minlength=len(self._batch.sources)).tolist()
 
     @cached_property
     def masks(self) -> list[Tensor]:
         """On CPU: [L, L] per tree, or one [trees, 1, L, L] if all trees have one size."""
-        masks = [_mask(part) for part in self._branch.split(self.sizes)]
+        masks = [_mask(part) for part in self._batch.branch[0].split(self.sizes)]
         return [torch.stack(masks)[:, None]] if self.even else masks
 
     @cached_property
     def block_mask(self) -> Any:
         """On CUDA: flex_attention's BlockMask, else None."""
-        return _block_mask(self._tree, self._branch) if self._tree.is_cuda else None
+        tree, branch = self._batch.tree[0], self._batch.branch[0]
+        return _block_mask(tree, branch) if tree.is_cuda else None
 
     @property
     def even(self) -> bool:

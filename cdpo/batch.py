@@ -65,6 +65,7 @@ class Batch:
     preference: Tensor  # [P]
     weight: Tensor  # [P]
     sources: tuple[str, ...]  # [I]; names of the Items
+    soft: bool = True  # whether some preference is not 1
     attention_mask: Tensor | None = None  # [R, T]; padded rows only
 
     @property
@@ -98,7 +99,8 @@ class Logps:
     rewards: Tensor | None = None  # [S]; true rewards, where known
     fitted: Tensor | None = None  # [S]; rewards fitted to the pairs
     progress: float = 0.0  # share of the training steps done, in [0, 1)
-    baseline: float = 0.0  # mean log-ratio over all responses of all pairs seen in earlier steps, nats
+    baseline: float = 0.0  # mean log-ratio over all responses of all pairs seen in earlier steps, nats; `Loss`
+    soft: bool = True  # False only if every preference is known to be 1
     sources: tuple[str, ...] = field(default=())  # [I]; names of the Items, for messages
 
     def log_ratio(self) -> Tensor:
@@ -119,8 +121,19 @@ class Logps:
         """Every pair turned so that its winner is preferred with p >= 1/2; where p is 1/2 the order is the data's."""
         flip = self.preference < 0.5
         pairs = torch.where(flip[:, None], self.pairs.flip(1), self.pairs)
-        return replace(self, pairs=pairs, preference=torch.where(flip, 1 - self.preference, self.preference))
+        return replace(self, pairs=pairs, preference=torch.where(flip, 1 - self.preference, self.preference), soft=True)
 
     def swapped(self) -> Logps:
         """Winner and loser exchanged, preference p -> 1 - p."""
-        return replace(self, pairs=self.pairs.flip(1), preference=1 - self.preference)
+        return replace(self, pairs=self.pairs.flip(1), preference=1 - self.preference, soft=True)
+
+    def both_ways(self) -> Logps:
+        """Every pair as it is, then every pair swapped: 2 P pairs."""
+        pairs, p = self.pairs, self.preference
+        return replace(
+            self,
+            pairs=torch.cat([pairs, pairs.flip(1)]),
+            preference=torch.cat([p, 1 - p]),
+            weight=torch.cat([self.weight, self.weight]),
+            soft=True,
+        )

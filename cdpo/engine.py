@@ -10,6 +10,7 @@ import time
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from cdpo import checkpoint
 from cdpo.batch import Batch, Item, Logps
@@ -19,7 +20,6 @@ from cdpo.evaluate import (
     Evaluation,
     add_log_ratio,
     add_pair_metrics,
-    add_statistics,
     evaluate,
     generations,
     sampled_kl,
@@ -27,7 +27,7 @@ from cdpo.evaluate import (
 )
 from cdpo.files import write_csv, write_json
 from cdpo.logps import Statistics, score, score_with_statistics
-from cdpo.losses import per_unit
+from cdpo.losses import check_finite, per_unit
 from cdpo.metrics import Means, MetricsFile
 from cdpo.progress import Heartbeat, Progress
 from cdpo.reference import Scored, with_constants
@@ -96,7 +96,8 @@ def _step(run: Run) -> None:
         group["lr"] = rate
     chosen = plan.chosen(state.step)
     rows: list[dict[str, float]] = []  # L-BFGS evaluates several times; the first is the point where the step began
-    run.policy.train()
+    if not run.policy.training:
+        run.policy.train()
 
     def closure() -> float:
         rows.append(_gradient(run, chosen, first=not rows))
@@ -113,7 +114,7 @@ def _step(run: Run) -> None:
     state.step += 1
     tokens = sum(plan.sizes[i] for i in chosen)
     state.tokens += tokens
-    state.ratio_sum += row.pop("log_ratio")
+    state.ratio_sum += row.pop("log_ratio", 0.0)
     pairs = sum(len(run.train.items[i].pairs) for i in chosen)
     seconds = time.perf_counter() - began
     state.fresh = row | {
@@ -136,11 +137,23 @@ def _gradient(run: Run, chosen: list[int], first: bool) -> dict[str, float]:
     objective = torch.zeros((), dtype=torch.float64, device=run.accelerator.device)
     ranks.each(lambda: _add_up(run, chosen, first, means, objective), through_model=True)
     ranks.add_gradients(run.parameters)
-    norm = whole(torch.nn.utils.clip_grad_norm_(run.parameters, run.trainer.max_grad_norm or math.inf))
+    norm = whole(get_total_norm([p.grad for p in run.parameters if p.grad is not None]))
     numbers = torch.stack([ranks.add(objective), norm.double()]).tolist()
     if not all(map(math.isfinite, numbers)):
+        if not ranks.sharded:
+            ranks.each(lambda: _check_log_probs(run))
         raise _not_finite(run, [run.train.items[i] for i in chosen], *numbers)
+    if run.trainer.max_grad_norm is not None and numbers[1] > run.trainer.max_grad_norm:
+        clip_grads_with_norm_(run.parameters, run.trainer.max_grad_norm, norm)
     return means.reduce(ranks.gather) | {"objective": numbers[0], "grad_norm": numbers[1]}
+
+
+@torch.no_grad()
+def _check_log_probs(run: Run) -> None:
+    """NumericsError with the responses whose log-probs are not finite, if that is what is wrong; once it is."""
+    for indices in run.plan.shares(run.state.step, run.ranks.size)[run.ranks.rank]:
+        batch = run.train.batch(tuple(indices))
+        check_finite(with_constants(score(run.policy, batch), batch))
 
 
 def _add_up(run: Run, chosen: list[int], first: bool, means: Means, objective: Tensor) -> None:
@@ -158,14 +171,13 @@ def _add_up(run: Run, chosen: list[int], first: bool, means: Means, objective: T
         for constraint in run.constraints.values():
             penalty = constraint.penalty(logps)
             part = part if penalty is None else part + penalty.sum() / len(chosen)
-        run.accelerator.backward(part)
+        part.backward()
         objective += part.detach()
         if first:
             _measure(run, means, logps)
         if statistics is not None:
             means.add("loss", values, unit_weight(run.loss, logps))
-            add_pair_metrics(means, logps, run.betas[0])
-            add_statistics(means, logps, statistics)
+            add_pair_metrics(means, logps, statistics, run.betas[0])
     if run.ranks.sharded:
         _keep_step(run, max(map(len, shares)) - len(own), tuple(chosen[:1]))
 
@@ -175,12 +187,13 @@ def _keep_step(run: Run, times: int, indices: tuple[int, ...]) -> None:
     for _ in range(times):
         with run.accelerator.autocast():
             sums = score(run.policy, run.train.batch(indices))
-        run.accelerator.backward(0 * sums.sum())
+        (0 * sums.sum()).backward()
 
 
 def _measure(run: Run, means: Means, logps: Logps) -> None:
     """What the constraints ask for after every step, and what the baseline is made of."""
-    add_log_ratio(means, logps)
+    if run.reads_baseline:
+        add_log_ratio(means, logps)
     for constraint in run.constraints.values():
         for name, measured in constraint.measure(logps).items():
             means.add(name, measured)
@@ -261,8 +274,8 @@ def _evaluate(run: Run) -> Evaluation:
 
     budget = run.trainer.tokens_per_micro_batch
     return evaluate(
-        run.policy, run.held_out, run.loss, run.betas, score_batch, budget, run.ranks, lambda: _go_on(run),
-        **run.context(),
+        run.policy, run.held_out, run.loss, run.betas, score_batch, budget, run.ranks,
+        lambda: _go_on(run), run.context(),
     )  # fmt: skip
 
 

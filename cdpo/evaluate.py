@@ -13,7 +13,7 @@ from cdpo.batch import Item
 from cdpo.candidates import candidate_kl
 from cdpo.diagnostics import gaussian_view, histograms, summarise
 from cdpo.logps import Statistics, score
-from cdpo.losses import per_unit
+from cdpo.losses import check_finite, per_unit
 from cdpo.metrics import Means
 from cdpo.objective import attained, objective
 from cdpo.objective import means as mean_objective
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from cdpo.distributed import Ranks
 
 
-def add_pair_metrics(means: Means, logps: Logps, beta: float) -> None:
+def add_pair_metrics(means: Means, logps: Logps, statistics: Statistics, beta: float) -> None:
     """Add the metrics of a batch to `means`, in the field's names; log-probs and log-ratios are sums, in nats.
 
-    `chosen` is the response preferred with p >= 1/2. Where p is 1/2 the order is the data's.
+    `chosen` is the response preferred with p >= 1/2; where p is 1/2, and for logits, the order is the data's. Logits
+    and the entropy of the next-token distribution (nats) are averaged over response tokens, then pairs.
     """
     chosen, rejected = logps.chosen_first().pairs.unbind(1)
     policy, ratio = logps.policy.detach(), logps.log_ratio().detach()
@@ -43,7 +44,9 @@ def add_pair_metrics(means: Means, logps: Logps, beta: float) -> None:
         "logps_mean/chosen": policy[chosen] / logps.length[chosen],
         "logps_mean/rejected": policy[rejected] / logps.length[rejected],
     }
+    per_pair |= dict(zip(("logits/chosen", "logits/rejected"), logps.of_pairs(statistics.logit)))
     means.add_all(per_pair, logps.weight)
+    means.add("entropy", statistics.entropy, logps.length)
     means.add("kl/candidates", candidate_kl(logps).detach())
 
 
@@ -51,13 +54,6 @@ def add_log_ratio(means: Means, logps: Logps) -> None:
     """Add the mean log-ratio over all responses of all pairs, nats: what Logps.baseline averages over the steps."""
     chosen, rejected = logps.of_pairs(logps.log_ratio().detach())
     means.add("log_ratio", (chosen + rejected) / 2, logps.weight)
-
-
-def add_statistics(means: Means, logps: Logps, statistics: Statistics) -> None:
-    """Entropy of the next-token distribution (nats) and mean logits, averaged over response tokens, then pairs."""
-    for side, response in (("chosen", logps.pairs[:, 0]), ("rejected", logps.pairs[:, 1])):
-        means.add(f"logits/{side}", statistics.logit[response], logps.weight)
-    means.add("entropy", statistics.entropy, logps.length)
 
 
 def correct(logps: Logps) -> Tensor:
@@ -102,8 +98,7 @@ def evaluate(
     budget: int,
     ranks: Ranks,
     on_batch: Callable[[], None],
-    progress: float,
-    baseline: float,
+    context: dict[str, Any],
 ) -> Evaluation:
     """Means over all Items in eval mode, named eval/...; `on_batch` is called between batches and may raise.
 
@@ -127,10 +122,10 @@ def evaluate(
         batch, (sums, *rest) = scored.batch(indices), found.to(scored.device)
         statistics = Statistics(*rest)
         with torch.no_grad():
-            logps = with_constants(sums, batch, progress, baseline)
+            logps = with_constants(sums, batch, **context)
+            check_finite(logps)
             means.add("loss", per_unit(loss, logps), unit_weight(loss, logps))
-        add_pair_metrics(means, logps, betas[0])
-        add_statistics(means, logps, statistics)
+        add_pair_metrics(means, logps, statistics, betas[0])
         columns.add(
             "pairs", correct=correct(logps), weight=logps.weight, **gaussian_view(logps.chosen_first(), betas[0])
         )

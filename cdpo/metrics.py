@@ -26,7 +26,7 @@ class Means:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}  # name -> [2]: sum of weight * value, sum of weight
+        self._sums: dict[tuple[str, ...], Tensor] = {}  # n names -> [n + 1]: sums of weight * value, sum of weight
 
     def add(self, name: str, values: Tensor, weight: Tensor | None = None) -> None:
         """Add rows `values` [n] with their `weight` [n], 1 each by default."""
@@ -35,23 +35,25 @@ class Means:
     def add_all(self, columns: Mapping[str, Tensor], weight: Tensor) -> None:
         """The same for several columns [n] of one `weight` [n]."""
         table, weight = torch.stack([values.detach().double() for values in columns.values()]), weight.detach().double()
-        sums = table @ weight
-        for name, part in zip(columns, torch.stack([sums, weight.sum().expand_as(sums)], dim=1)):
-            self._sums[name] = self._sums[name] + part if name in self._sums else part
+        names, part = tuple(columns), torch.cat([table @ weight, weight.sum()[None]])
+        self._sums[names] = self._sums[names] + part if names in self._sums else part
 
     def reduce(self, gather: Callable[[Any], list[Any]] | None = None) -> dict[str, float]:
         """The mean of each name, NaN where the weights sum to 0; then start over.
 
         `gather` returns what every rank passes to it; a rank that has seen no row of a name adds nothing to it.
         """
-        names, self._sums, sums = sorted(self._sums), {}, self._sums
-        table = torch.stack([sums[name] for name in names]).tolist() if names else []  # [names, 2]
-        parts = [dict(zip(names, table))] if gather is None else gather(dict(zip(names, table)))
-        totals: dict[str, list[float]] = {}
-        for name, (total, weight) in (pair for part in parts for pair in part.items()):
-            before = totals.get(name, [0.0, 0.0])
-            totals[name] = [before[0] + total, before[1] + weight]
-        return {name: total / weight if weight else math.nan for name, (total, weight) in sorted(totals.items())}
+        sums, self._sums = self._sums, {}
+        numbers = torch.cat(list(sums.values())).tolist() if sums else []
+        own: list[tuple[str, float, float]] = []  # name, sum of weight * value, sum of weight
+        for names in sums:
+            (*values, weight), numbers = numbers[: len(names) + 1], numbers[len(names) + 1 :]
+            own += [(name, value, weight) for name, value in zip(names, values)]
+        totals: dict[str, tuple[float, float]] = {}
+        for name, value, weight in (row for part in (gather(own) if gather else [own]) for row in part):
+            before = totals.get(name, (0.0, 0.0))
+            totals[name] = before[0] + value, before[1] + weight
+        return {name: value / weight if weight else math.nan for name, (value, weight) in sorted(totals.items())}
 
 
 class MetricsFile:

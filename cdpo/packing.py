@@ -5,7 +5,7 @@ A plan depends on the seed and the step only, so a resume replays nothing. Nothi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -37,6 +37,7 @@ def pack(items: Sequence[Item], reference: Sequence[Tensor] | None = None, padde
         pairs=torch.tensor([p[:2] for p in pairs], dtype=torch.long).reshape(-1, 2),
         preference=torch.tensor([p[2] for p in pairs], dtype=real),
         weight=torch.tensor([p[3] for p in pairs], dtype=real),
+        soft=any(p[2] != 1 for p in pairs),
         sources=tuple(item.source for item in items),
     )
 
@@ -94,7 +95,7 @@ def _padded_rows(items: Sequence[Item]) -> dict[str, Tensor]:
     }
 
 
-def by_tokens(sizes: Sequence[int], indices: Sequence[int], budget: int) -> list[list[int]]:
+def by_tokens(sizes: Sequence[int] | Mapping[int, int], indices: Sequence[int], budget: int) -> list[list[int]]:
     """Split `indices` into micro-batches of at most `budget` tokens; a larger Item stands alone.
 
     Longest first, so that peak memory comes at once and not hours later, and equal trees stand together.
@@ -137,6 +138,8 @@ class Plan:
 
     def chosen(self, step: int) -> list[int]:
         """The Items of a step, as indices."""
+        if self.batch_size >= len(self.sizes):  # all of them, whose order changes nothing
+            return list(range(len(self.sizes)))
         epoch, k = divmod(step, self.steps_per_epoch)
         return _order(len(self.sizes), self.seed, epoch)[k * self.batch_size : (k + 1) * self.batch_size]
 
@@ -149,10 +152,16 @@ class Plan:
 
         With one rank it is the step itself. A rank may get nothing.
         """
-        shares: list[list[int]] = [[] for _ in range(ranks)]
-        tokens = [0] * ranks
-        for i in sorted(self.chosen(step), key=lambda i: (-self.sizes[i], i)):
-            least = tokens.index(min(tokens))
-            shares[least].append(i)
-            tokens[least] += self.sizes[i]
-        return [by_tokens(self.sizes, share, self.token_budget) for share in shares]
+        return _dealt(tuple((i, self.sizes[i]) for i in self.chosen(step)), ranks, self.token_budget)
+
+
+@lru_cache(maxsize=2)
+def _dealt(sizes: tuple[tuple[int, int], ...], ranks: int, budget: int) -> list[list[list[int]]]:
+    """Items, as (index, tokens), dealt to ranks. A full batch asks for the same at every step."""
+    shares: list[dict[int, int]] = [{} for _ in range(ranks)]
+    sums = [0] * ranks
+    for i, tokens in sorted(sizes, key=lambda one: (-one[1], one[0])):
+        least = sums.index(min(sums))
+        shares[least][i] = tokens
+        sums[least] += tokens
+    return [by_tokens(share, list(share), budget) for share in shares]

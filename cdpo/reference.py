@@ -67,17 +67,18 @@ class Scored:
             yield indices, self.batch(indices)
 
 
-def logps_of(model: nn.Module, batch: Batch, progress: float = 0.0, baseline: float = 0.0) -> Logps:
+def logps_of(model: nn.Module, batch: Batch, **context: Any) -> Logps:
     """Score a batch and put the constants beside: what a loss is given."""
-    return with_constants(score(model, batch), batch, progress, baseline)
+    return with_constants(score(model, batch), batch, **context)
 
 
-def with_constants(policy: Tensor, batch: Batch, progress: float = 0.0, baseline: float = 0.0) -> Logps:
-    """Policy log-probs [S] and everything else that a loss may read, in float64 from here on."""
-    names = ("reference", "length", "item", "pairs", "preference", "weight", "rewards", "fitted", "sources")
-    return Logps(
-        policy.double(), **{name: getattr(batch, name) for name in names}, progress=progress, baseline=baseline
-    )
+def with_constants(policy: Tensor, batch: Batch, **context: Any) -> Logps:
+    """Policy log-probs [S] and everything else that a loss may read, in float64 from here on.
+
+    `context` is the training state, progress and baseline.
+    """
+    names = ("reference", "length", "item", "pairs", "preference", "weight", "rewards", "fitted", "sources", "soft")
+    return Logps(policy.double(), **{name: getattr(batch, name) for name in names}, **context)
 
 
 def layout_for(model: Any, items: Sequence[Item], wanted: str) -> tuple[bool, str]:

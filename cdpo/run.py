@@ -85,6 +85,7 @@ class Run:
             )
         self.optim: Optimizer = self.optimizer.build(self.parameters)
         self.change = Change(self.policy)
+        self.reads_baseline = getattr(self.loss, "reads_baseline", False)
         self.betas = (reward_scale(self.loss, self.beta), self.beta)  # of the implicit reward, of the objective J
         self.state = State()
         for constraint in self.constraints.values():
@@ -95,9 +96,10 @@ class Run:
         """Whether the last step is done, or a constraint has stopped training."""
         return self.state.step == self.plan.steps or self.state.stopped is not None
 
-    def context(self) -> dict[str, float]:
+    def context(self) -> dict[str, Any]:
         """The training state that a loss may read."""
-        return {"progress": self.state.step / self.plan.steps, "baseline": self.state.baseline}
+        baseline = self.state.baseline if self.reads_baseline else None
+        return {"progress": self.state.step / self.plan.steps, "baseline": baseline}
 
 
 def check_fit(

@@ -54,7 +54,7 @@ class Sweeper:
 
     def command(self, *overrides: str) -> list[str]:
         usual = ["loss=faulty", "allow_targets=[faults.]", "model=tabular", "dataset.prompts=4", "logger=none"]
-        usual += [f"output_root={self.out}", "trainer.max_steps=3"]
+        usual += [f"output_root={self.out}", "trainer.max_steps=3", "trainer.log_every=1"]
         given = {word.split("=")[0] for word in overrides}
         usual = [word for word in usual if given.isdisjoint((word.split("=")[0], word.split(".")[0]))]
         command = [sys.executable, "-m", "cdpo.train", "-m", "--config-dir", str(self.folder)]

@@ -180,7 +180,7 @@ def test_eager_flex_attention_gives_the_numbers_of_the_plain_forward(models, nam
     """What CUDA uses, run eagerly on the CPU, forward only. The compiled kernel itself is not run here."""
 
     def block_mask(trees):
-        return attention._block_mask(trees._tree, trees._branch)
+        return attention._block_mask(trees._batch.tree[0], trees._batch.branch[0])
 
     calls = []
 

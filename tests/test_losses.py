@@ -19,7 +19,7 @@ from mpmath import mp
 
 from cdpo.batch import Logps
 from cdpo.errors import ConfigError, NumericsError
-from cdpo.losses import per_unit
+from cdpo.losses import check_finite, per_unit
 from cdpo.losses.combined import WPO, Sum
 from cdpo.losses.divergence import FDPO
 from cdpo.losses.gaussian import Gaussian
@@ -553,16 +553,16 @@ def test_broken_log_probs_are_named(side, bad):
     logps = random_logps()
     getattr(logps, side)[5] = bad
     with pytest.raises(NumericsError, match=r"1 of 16 .*data\.jsonl:3, response row 5"):
-        per_unit(DPO(), logps)
+        check_finite(logps)
 
 
 def test_many_broken_log_probs_are_counted():
     logps = random_logps()
     logps.policy[2:] = math.nan
     with pytest.raises(NumericsError, match=r"14 of 16 .*data\.jsonl:2, response row 2 .*; \.\.\."):
-        per_unit(DPO(), logps)
+        check_finite(logps)
     with pytest.raises(NumericsError, match="item 1, response row 2"):
-        per_unit(DPO(), replace(logps, sources=()))
+        check_finite(replace(logps, sources=()))
 
 
 def test_hard_labels_are_evaluated_once_and_item_losses_as_they_are():
@@ -584,7 +584,8 @@ def test_hard_labels_are_evaluated_once_and_item_losses_as_they_are():
     hard = random_logps(pairs=4)
     soft = replace(hard, preference=torch.full((4,), 0.5))
     torch.testing.assert_close(per_unit(Counting(), hard), hard.margin())
-    assert len(calls) == 1
+    torch.testing.assert_close(per_unit(Counting(), replace(hard, soft=False)), hard.margin())
+    assert [len(one.pairs) for one in calls] == [8, 4]  # both ways, unless known to be hard
     assert per_unit(PerItem(), soft).tolist() == [0, 1, 2]
 
 
@@ -671,3 +672,17 @@ def test_a_sum_is_linear():
     logps = random_logps()
     both = Sum({"a": DPO(), "b": SFT()}, {"a": 2.0, "b": 0.5})
     torch.testing.assert_close(both(logps), 2 * DPO()(logps) + 0.5 * SFT()(logps))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_that_reads_the_baseline_says_so(name):
+    """The engine keeps it only for those; others are given None."""
+    loss, logps = LOSSES[name], random_logps()
+    reads = not torch.equal(per_unit(loss, logps), per_unit(loss, replace(logps, baseline=0.5)))
+    assert getattr(loss, "reads_baseline", False) == reads
+
+
+def test_a_loss_with_one_within_that_reads_the_baseline_reads_it():
+    assert Sum({"a": DPO(), "b": BCO()}, {"a": 1.0, "b": 1.0}).reads_baseline
+    assert WPO(BCO()).reads_baseline
+    assert not WPO(DPO()).reads_baseline

@@ -17,7 +17,8 @@ class Loss(Protocol):
     """A frozen, pure function of log-probs: one number per pair or per Item, never reduced.
 
     A pair loss takes every pair as a hard label, winner over loser, and reads neither `preference` nor `weight`. It is
-    finite, with a finite gradient, wherever the log-probs are.
+    finite, with a finite gradient, wherever the log-probs are. One that reads `Logps.baseline` says so, with
+    `reads_baseline = True`: for others it is None, as to know it costs a wait for the device in every step.
     """
 
     @property
@@ -30,12 +31,10 @@ class Loss(Protocol):
 
 def per_unit(loss: Loss, logps: Logps) -> Tensor:
     """The loss of every pair or Item, soft labels included: p * loss(winner, loser) + (1 - p) * loss(loser, winner)."""
-    check_finite(logps)
-    value = loss(logps)
-    p = logps.preference
-    if loss.unit == "item" or bool((p == 1).all()):
-        return value
-    return p * value + (1 - p) * loss(logps.swapped())
+    if loss.unit == "item" or not logps.soft:
+        return loss(logps)
+    won, lost = loss(logps.both_ways()).chunk(2)
+    return logps.preference * won + (1 - logps.preference) * lost
 
 
 def check_finite(logps: Logps) -> None:

@@ -50,6 +50,11 @@ class WPO:
         least = self.loss.least(logps.preference) if hasattr(self.loss, "least") else 0.0
         return (chosen + rejected).clamp(max=EXP_BOUND).exp() * (self.loss(logps) - least)
 
+    @property
+    def reads_baseline(self) -> bool:
+        """Whether the loss within does."""
+        return getattr(self.loss, "reads_baseline", False)
+
     def log_weight(self, logps: Logps) -> Tensor:
         """Logarithm of a response's factor of the weight. [S]"""
         if self.weight == "per_token":
@@ -82,6 +87,11 @@ class Sum:
             check_pair_loss(f"losses.{name}", loss)
             if not 0 <= self.weights[name] < math.inf:
                 raise ValueError(f"weights.{name}={self.weights[name]} must be a finite number, at least 0")
+
+    @property
+    def reads_baseline(self) -> bool:
+        """Whether one of the losses does."""
+        return any(getattr(loss, "reads_baseline", False) for loss in self.losses.values())
 
     def __call__(self, logps: Logps) -> Tensor:
         return sum((self.weights[name] * loss(logps) for name, loss in self.losses.items()), logps.policy.new_zeros(()))

@@ -157,6 +157,8 @@ class BCO(ImplicitReward):
     r = beta Δ; the shift d is the running mean of r over both sides in earlier steps. TRL's `bco_pair` leaves it out.
     """
 
+    reads_baseline: ClassVar[bool] = True
+
     def __call__(self, logps: Logps) -> Tensor:
         chosen, rejected = logps.of_pairs(self.beta * (logps.log_ratio() - logps.baseline))
         return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
