@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cdpo.distributed import whole
 from cdpo.errors import ConfigError
+
+PART = 1 << 20  # numbers
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -62,6 +65,15 @@ def _effective_rank(matrices: Tensor) -> Tensor:
     total = values.sum(-1, keepdim=True)
     share = values / total.where(total > 0, 1)
     return torch.special.entr(share).sum(-1).exp() * (total[..., 0] > 0)
+
+
+def _distance(tensor: Tensor, start: Tensor) -> Tensor:
+    """L2 norm of a difference, whose copy is never larger than PART. [...], [...] -> []"""
+    if isinstance(tensor, DTensor):
+        return torch.linalg.vector_norm(whole(_wide(tensor) - _wide(start))).double()
+    parts = zip(*(x.reshape(-1).split(PART) for x in (tensor, start)))
+    norms = [torch.linalg.vector_norm(_wide(now) - _wide(then)).double() for now, then in parts]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
 class Change:
@@ -127,7 +139,8 @@ class Change:
 
     def norms(self) -> dict[str, float]:
         """L2 norm of the change of every weight; one wait for the GPU."""
-        norms = [torch.linalg.vector_norm(core).double() for _, core in self._cores()]
+        norms = [_distance(parameter.detach(), start) for _, parameter, start in self.plain()]
+        norms += [torch.linalg.vector_norm(_core(layer)).double() for layer in self.adapted.values()]
         return dict(zip(self.names, torch.stack(norms).tolist())) if norms else {}
 
     def norm(self) -> float:

@@ -157,9 +157,9 @@ def _exp_and_dot(z: Tensor, shift: Tensor) -> Tensor:
     sums = []
     for part, by in zip(z.split(rows), shift.split(rows)):
         e = (part - by[:, None]).exp_()
-        sums.append(torch.bmm(e[:, None], part.clamp_(min=torch.finfo(z.dtype).min)[:, :, None]))  # not 0 * -inf
+        sums.append(part.clamp_(min=torch.finfo(z.dtype).min).mul_(e).sum(-1))  # not -inf * 0
         part.copy_(e)
-    return torch.cat(sums).flatten()
+    return torch.cat(sums)
 
 
 def _within(target: Tensor, a: int, b: int) -> tuple[Tensor, Tensor]:

@@ -215,6 +215,8 @@ def tokens(
         "data/dropped": lost / data.ledger.rows,
     }
     log.info("data: %d rows read, %d to train on, %d held out", data.ledger.rows, len(train), len(held_out))
+    if not held_out:
+        log.warning("no rows are held out, so there will be no eval/* and no objective/*; see dataset.eval_size")
     return train, held_out, unused, rates
 
 
