@@ -163,9 +163,10 @@ def test_a_cancelled_run_is_saved_and_not_restarted(sweeper):
 
 
 def test_detached_jobs_are_seen_and_not_submitted_twice_from_within_a_job_too(sweeper, tmp_path):
-    site = ("wait=false", "mem_gb=1", f"setup=[touch {tmp_path}/setup]", "additional_parameters={comment: ours}")
+    site = ("wait=false", "mem_gb=1", f"setup=[touch {tmp_path}/setup]")
     grid = ("loss.how=none", "loss.seconds=0.2", "trainer.max_steps=150", "seed=0,1")
     grid += tuple(f"hydra.launcher.{option}" for option in site)
+    grid += ("+hydra.launcher.additional_parameters.comment=ours",)
     within = subprocess.run(  # the job's own SLURM_* would make the new jobs' srun fail
         ["srun", "-n1", "--cpus-per-task=1", *sweeper.command(*grid)],
         capture_output=True, text=True, env=sweeper.environment(),
