@@ -72,6 +72,8 @@ def run(
             held.enter_context(locked(folder))
             return _begin(composed, folder, files, command)
 
+        if spec.trainer.distributed == "ddp" and ranks.size == 1:
+            log.warning("trainer.distributed=ddp with one process is none: start ranks with torchrun or srun")
         if summary := ranks.from_first(begin):
             log.info("%s is finished already; nothing to do", folder)
             return summary

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cdpo.errors import ConfigError
 from cdpo.work import SlurmTask
@@ -73,19 +73,27 @@ def max_array_size() -> int:
     return max(int(found[1]), 1) if found else 1001
 
 
-def queued(ids: Sequence[str]) -> dict[str, str]:
-    """State (PENDING, RUNNING, ...) of those jobs that are still to run or running. May raise ConfigError."""
+class Queued(NamedTuple):
+    """A job in the queue."""
+
+    state: str  # PENDING, RUNNING, ...
+    reason: str = ""  # why it waits
+
+
+def queued(ids: Sequence[str]) -> dict[str, Queued]:
+    """Those jobs that are still to run or running. May raise ConfigError."""
     if not ids:
         return {}
     wanted = ",".join(sorted({one.partition("_")[0] for one in ids}))
     if not shutil.which("squeue"):
         raise ConfigError("there is no squeue on this machine")
-    done = subprocess.run(["squeue", "-h", "-r", "-o", "%i|%T", "-j", wanted], capture_output=True, text=True)
+    done = subprocess.run(["squeue", "-h", "-r", "-o", "%i|%T|%r", "-j", wanted], capture_output=True, text=True)
     if done.returncode and "Invalid job id" not in done.stderr:
         raise ConfigError((done.stderr.strip() or "squeue failed").splitlines()[0])
-    states = dict(line.split("|", 1) for line in done.stdout.splitlines() if "|" in line)
+    lines = [line.split("|", 2) for line in done.stdout.splitlines() if line.count("|") > 1]
+    states = {one: Queued(state, reason) for one, state, reason in lines}
     over = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
-    return {one: states[one] for one in ids if one in states and states[one] not in over}
+    return {one: states[one] for one in ids if one in states and states[one].state not in over}
 
 
 def accounted(ids: Sequence[str]) -> dict[str, str]:

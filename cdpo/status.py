@@ -49,10 +49,10 @@ def main() -> None:
 
 def rows(folder: Path) -> list[Row]:
     """One per run in `folder`, begun or submitted. Raises ConfigError if there is none."""
-    jobs = _json(folder / "jobs.json")
-    names = {path.relative_to(folder).as_posix() for path in find(folder)[0]} | jobs.keys()
-    names |= {path.stem for path in tasks_of(folder)}
-    if not names:
+    runs, sweeps = find(folder)
+    jobs = {sweep / name: job for sweep in sweeps for name, job in _json(sweep / "jobs.json").items()}
+    paths = {*runs, *jobs, *(sweep / path.stem for sweep in sweeps for path in tasks_of(sweep))}
+    if not paths:
         raise ConfigError(f"{folder} has no run")
     try:
         queue = slurm.queued([job["job_id"] for job in jobs.values()])
@@ -61,7 +61,8 @@ def rows(folder: Path) -> list[Row]:
         queue = {}
     gone = [job["job_id"] for job in jobs.values() if job["job_id"] not in queue]
     accounts = slurm.accounted(gone) if gone else {}
-    return [_row(folder, name, jobs.get(name, {}), queue, accounts) for name in sorted(names)]
+    found = {path.relative_to(folder).as_posix(): path for path in paths}
+    return [_row(name, path, jobs.get(path, {}), queue, accounts) for name, path in sorted(found.items())]
 
 
 def show(found: list[Row], finished: bool = False) -> None:
@@ -78,23 +79,23 @@ def show(found: list[Row], finished: bool = False) -> None:
         console.print(table)
 
 
-def _row(folder: Path, name: str, job: dict[str, Any], queue: dict[str, str], accounts: dict[str, str]) -> Row:
-    status, ending = _json(folder / name / "status.json"), _json(folder / ".jobs" / f"{name}.ending.json")
+def _row(name: str, path: Path, job: dict[str, Any], queue: dict[str, slurm.Queued], accounts: dict[str, str]) -> Row:
+    status, ending = _json(path / "status.json"), _json(path.parent / ".jobs" / f"{path.name}.ending.json")
     state, cause = status.get("state"), str(status.get("cause") or ending.get("ending") or "")
     queued = queue.get(job.get("job_id", ""))
     if state in ("finished", "stopped_early"):
         return Row(name, state)
-    if queued in WAITING:
-        return Row(name, "waiting", *_progress(folder / name)[:1], cause=queued.lower())
-    if queued or (state == "running" and alive(folder / name)):
-        return Row(name, "running", *_progress(folder / name))
+    if queued and queued.state in WAITING:
+        return Row(name, "waiting", *_progress(path)[:1], cause=f"{queued.state.lower()}: {queued.reason}")
+    if queued or (state == "running" and alive(path)):
+        return Row(name, "running", *_progress(path))
     account = accounts.get(job.get("job_id", ""))
     if state == "running":
         cause = f"{f'ended by SLURM ({account})' if account else 'killed'}; the same command goes on"
     elif job and not cause:  # it ended before it began
         cause = f"ended by SLURM ({account or 'there is no accounting'}) before it began: see {job.get('stderr')}"
     begun = {"running": "interrupted", None: "failed" if ending.get("exit_code") or job else "not started"}
-    return Row(name, begun.get(state, str(state)), *_progress(folder / name)[:1], cause=cause)
+    return Row(name, begun.get(state, str(state)), *_progress(path)[:1], cause=cause)
 
 
 def _progress(folder: Path) -> tuple[str, str]:

@@ -60,6 +60,16 @@ def _log_to(path: Path) -> None:
     logging.getLogger("cdpo").setLevel(logging.INFO)
 
 
+def _requeue(job: str, times: int = 5) -> None:
+    """Ask the controller to; a busy one may not answer at first. Raises CalledProcessError if it never does."""
+    for again in range(times):
+        done = subprocess.run(["scontrol", "requeue", job], timeout=120)
+        if done.returncode == 0:
+            return
+        time.sleep(2 * (again + 1 < times))
+    done.check_returncode()
+
+
 @dataclass
 class SlurmTask:
     """What submitit calls on a node. SLURM starts it again after a requeue, and the run goes on from its checkpoint."""
@@ -91,7 +101,7 @@ class SlurmTask:
         task, _ = read_task(Path(self.file))
         if signal in ("SIGUSR1", "SIGUSR2") and (place().rank or self._may_requeue(task)):
             if place().rank == 0:
-                subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True, timeout=120)
+                _requeue(os.environ["SLURM_JOB_ID"])
             log.info("requeued; waiting to be stopped")
             time.sleep(600)
         elif signal == "SIGTERM":

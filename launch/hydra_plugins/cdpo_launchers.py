@@ -26,6 +26,7 @@ from omegaconf import DictConfig, open_dict, read_write
 from cdpo.preemption import Signals
 
 if TYPE_CHECKING:
+    from cdpo.slurm import Queued
     from cdpo.sweep import Outcome, Task
 
 log = logging.getLogger(__name__)
@@ -199,10 +200,10 @@ class Slurm(Processes):
         from cdpo import slurm
         from cdpo.progress import Progress
 
-        states = dict.fromkeys(ids, "PENDING")
+        states = dict.fromkeys(ids, slurm.Queued("PENDING"))
         with suppress(KeyboardInterrupt), Progress(len(ids), 0, "jobs", quiet=not ids) as bar:
             while states := self.still(ids, states):
-                running = list(states.values()).count("RUNNING")
+                running = [one.state for one in states.values()].count("RUNNING")
                 bar.update(len(ids) - len(states), running=running, waiting=len(states) - running)
                 time.sleep(self.poll_s)
             bar.update(len(ids))
@@ -210,7 +211,7 @@ class Slurm(Processes):
         accounts = slurm.settled([job for task, job in over if _own_word(task) is None])
         return [self.outcome(task, job, states, accounts) for task, job in zip(tasks, ids)]
 
-    def still(self, ids: list[str], before: dict[str, str]) -> dict[str, str]:
+    def still(self, ids: list[str], before: dict[str, Queued]) -> dict[str, Queued]:
         """States of the jobs that are not over; as they were `before` where the controller does not answer."""
         from cdpo import slurm
         from cdpo.errors import ConfigError
@@ -221,12 +222,12 @@ class Slurm(Processes):
             log.warning("%s; asking again in %g s", error, self.poll_s)
             return before
 
-    def outcome(self, task: Task, job: str, states: dict[str, str], accounts: dict[str, str]) -> Outcome:
+    def outcome(self, task: Task, job: str, states: dict[str, Queued], accounts: dict[str, str]) -> Outcome:
         """What a run says of itself; else what SLURM does."""
         from cdpo.sweep import Outcome
 
         if job in states:
-            return Outcome(task, f"job {job} is {states[job].lower()}: cdpo-status, scancel {job}", 75)
+            return Outcome(task, f"job {job} is {states[job].state.lower()}: cdpo-status, scancel {job}", 75)
         account = accounts.get(job, "without a word, and there is no accounting")
         ended = f"job {job} was ended by SLURM ({account}), and jobs.json names its logs; the same command goes on"
         return _own_word(task) or Outcome(task, ended, 1)
