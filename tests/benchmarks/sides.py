@@ -24,8 +24,7 @@ class Side:
         self.name, self.folder, self.reply = name, work / name, {}
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
-        options = {"steps": steps, "device": device, "threads": threads, "learning_rate": LEARNING_RATE}
-        options |= {"lora": case.lora, "pairs": case.pairs, "batch": case.batch}
+        options = options_of(case, steps, device, threads)
         theirs, ours = os.pipe(), os.pipe()  # commands, replies
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "launch"), str(ROOT / "tests")]),
@@ -70,17 +69,22 @@ class Side:
         self._process.wait()
 
 
-def _ours(work: Path, folder: Path, options: dict[str, Any]) -> list[str]:
-    """The command that a user would type, and the gate."""
-    settings = {
+def options_of(case: Case, steps: int, device: str, threads: int) -> dict[str, Any]:
+    """What both sides are told."""
+    told = {"steps": steps, "device": device, "threads": threads, "learning_rate": LEARNING_RATE}
+    return told | {"lora": case.lora, "pairs": case.pairs, "batch": case.batch}
+
+
+def settings(work: Path, folder: Path, options: dict[str, Any], constraint: str = "none") -> list[str]:
+    """What a user would type to train on the same, with one more constraint."""
+    chosen = {
         "model": "hf",
         "model.name_or_path": work / "model",
         "dataset": "jsonl",
         "dataset.path": work / "cdpo.jsonl",
         "dataset.eval_size": 0,
         "loss": "dpo",
-        "constraint": "[lora_r8,gate]" if options["lora"] else "gate",
-        "allow_targets": "[benchmarks.]",
+        "constraint": f"[{'lora_r8,' if options['lora'] else ''}{constraint}]",
         "logger": "none",
         "output_root": folder,
         "dataset.max_prompt_tokens": 4096,
@@ -94,5 +98,10 @@ def _ours(work: Path, folder: Path, options: dict[str, Any]) -> list[str]:
         "trainer.autocast": str(options["device"] == "cuda").lower(),
         "optimizer.learning_rate": options["learning_rate"],
     }
+    return [f"{key}={value}" for key, value in chosen.items()]
+
+
+def _ours(work: Path, folder: Path, options: dict[str, Any]) -> list[str]:
+    """The command, with the gate."""
     config = ["--config-dir", str(ROOT / "tests/benchmarks/conf")]
-    return ["-m", "cdpo.train", *config, *(f"{key}={value}" for key, value in settings.items())]
+    return ["-m", "cdpo.train", *config, *settings(work, folder, options, "gate"), "allow_targets=[benchmarks.]"]
