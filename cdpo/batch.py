@@ -128,12 +128,11 @@ class Logps:
         return replace(self, pairs=self.pairs.flip(1), preference=1 - self.preference, soft=True)
 
     def both_ways(self) -> Logps:
-        """Every pair as it is, then every pair swapped: 2 P pairs."""
+        """Every pair as it is, then every pair swapped: 2 P pairs; without their weights, which no loss reads."""
         pairs, p = self.pairs, self.preference
         return replace(
             self,
             pairs=torch.cat([pairs, pairs.flip(1)]),
             preference=torch.cat([p, 1 - p]),
-            weight=torch.cat([self.weight, self.weight]),
             soft=True,
         )

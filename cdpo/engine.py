@@ -132,7 +132,8 @@ def _gradient(run: Run, chosen: list[int], first: bool) -> dict[str, float]:
 
     Raises NumericsError, with the rows written to nonfinite.json, if the objective or the gradient norm is not finite.
     """
-    run.optim.zero_grad()
+    for parameter in run.parameters:
+        parameter.grad = None
     means, ranks = Means(), run.ranks
     objective = torch.zeros((), dtype=torch.float64, device=run.accelerator.device)
     ranks.each(lambda: _add_up(run, chosen, first, means, objective), through_model=True)
@@ -163,7 +164,7 @@ def _add_up(run: Run, chosen: list[int], first: bool, means: Means, objective: T
     total = sum(run.weights[i] for i in chosen)
     for indices in own:
         batch = run.train.batch(indices)
-        with run.accelerator.autocast():
+        with run.autocast():
             sums, statistics = _score(run, batch, first)
         logps = with_constants(sums, batch, **run.context())
         values = per_unit(run.loss, logps)
@@ -185,7 +186,7 @@ def _add_up(run: Run, chosen: list[int], first: bool, means: Means, objective: T
 def _keep_step(run: Run, times: int, indices: tuple[int, ...]) -> None:
     """Through a sharded model all ranks go equally often: who has nothing left goes with weight zero."""
     for _ in range(times):
-        with run.accelerator.autocast():
+        with run.autocast():
             sums = score(run.policy, run.train.batch(indices))
         (0 * sums.sum()).backward()
 
@@ -269,7 +270,7 @@ def _evaluate(run: Run) -> Evaluation:
         return Evaluation({}, [], {})
 
     def score_batch(batch: Batch) -> tuple[Tensor, Statistics]:
-        with run.accelerator.autocast():
+        with run.autocast():
             return score_with_statistics(run.policy, batch)
 
     budget = run.trainer.tokens_per_micro_batch
@@ -294,7 +295,7 @@ def _samples(run: Run) -> tuple[list[Item], Tensor] | None:
         items.append(item)
         _go_on(run)
     samples = Scored(items, run.held_out.padded, run.held_out.device)
-    with run.accelerator.autocast():
+    with run.autocast():
         return items, sampled_kl(run.policy, run.change, samples, run.trainer.tokens_per_micro_batch)
 
 

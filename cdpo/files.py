@@ -70,7 +70,7 @@ def sha256(path: Path) -> str:
 
 def to_json(tree: Any, indent: int | None = None) -> str:
     """Strict JSON of `tree`: secrets redacted; NaN and infinities, which JSON does not know, become null."""
-    return json.dumps(_finite(redact(tree)), indent=indent, allow_nan=False)
+    return json.dumps(_without(tree, cache(_secrets), finite=True), indent=indent, allow_nan=False)
 
 
 def redact(tree: Any) -> Any:
@@ -86,25 +86,18 @@ def _secrets() -> list[str]:
     return sorted((value for value in named if len(value) >= 8), key=len, reverse=True)
 
 
-def _without(tree: Any, hidden: Callable[[], list[str]]) -> Any:
+def _without(tree: Any, hidden: Callable[[], list[str]], finite: bool = False) -> Any:
+    """`tree` without secrets and, for JSON, without floats that are not finite."""
+    if isinstance(tree, float):
+        return tree if math.isfinite(tree) or not finite else None
     if isinstance(tree, str):
         for value in hidden():
             tree = tree.replace(value, "<redacted>")
         return tree
-    return _mapped(tree, lambda leaf: _without(leaf, hidden))
-
-
-def _finite(tree: Any) -> Any:
-    if isinstance(tree, float):
-        return tree if math.isfinite(tree) else None
-    return _mapped(tree, _finite)
-
-
-def _mapped(tree: Any, change: Any) -> Any:
     if isinstance(tree, Mapping):
-        return {key: change(value) for key, value in tree.items()}
+        return {key: _without(value, hidden, finite) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return [change(value) for value in tree]
+        return [_without(value, hidden, finite) for value in tree]
     return tree
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ class Run:
             )
         self.optim: Optimizer = self.optimizer.build(self.parameters)
         self.change = Change(self.policy)
+        self.autocast = self.accelerator.autocast if self.trainer.autocast else nullcontext  # which costs nothing
         self.reads_baseline = getattr(self.loss, "reads_baseline", False)
         self.betas = (reward_scale(self.loss, self.beta), self.beta)  # of the implicit reward, of the objective J
         self.state = State()

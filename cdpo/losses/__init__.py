@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from cdpo.batch import Logps
@@ -34,7 +35,7 @@ def per_unit(loss: Loss, logps: Logps) -> Tensor:
     if loss.unit == "item" or not logps.soft:
         return loss(logps)
     won, lost = loss(logps.both_ways()).chunk(2)
-    return logps.preference * won + (1 - logps.preference) * lost
+    return torch.lerp(lost, won, logps.preference)
 
 
 def check_finite(logps: Logps) -> None:

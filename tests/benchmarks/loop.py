@@ -47,12 +47,15 @@ def measure(options: list[str], steps: int, log_every: int) -> dict[str, float]:
     from cdpo import compose as _resolvers  # noqa: F401
     from cdpo import config, engine, job
 
-    whole, inner = Clock(), Clock()
+    whole, inner, gradient, stepping = Clock(), Clock(), Clock(), Clock()
+    optimizer = torch.optim.SGD if "optimizer=sgd" in options else torch.optim.AdamW
     settings = [f"trainer.max_steps={steps}", f"trainer.log_every={log_every}", "logger=none", "trainer.threads=1"]
     settings += [f"trainer.{name}={10 * steps}" for name in ("eval_every", "checkpoint_every")]
     with initialize_config_dir(str(config.CONF), version_base="1.3"):
         tree = OmegaConf.to_container(OmegaConf.masked_copy(cfg := compose("config", [*options, *settings]), [
             key for key in cfg if key != "hydra"]), resolve=True)  # fmt: skip
+    plain = engine._gradient, optimizer.step
+    engine._gradient, optimizer.step = gradient.around(engine._gradient), stepping.around(optimizer.step)
     kept = engine._step, engine.score, engine.score_with_statistics, engine.per_unit, torch.Tensor.backward
     engine._step, _record = whole.around(engine._step), engine._record
     engine._record = whole.around(_record)
@@ -64,7 +67,13 @@ def measure(options: list[str], steps: int, log_every: int) -> dict[str, float]:
     finally:
         engine._step, engine.score, engine.score_with_statistics, engine.per_unit, torch.Tensor.backward = kept
         engine._record = _record
-    return {"steps_per_second": steps / whole.seconds, "share_beside": 1 - inner.seconds / whole.seconds}
+        engine._gradient, optimizer.step = plain
+    update = stepping.seconds - gradient.seconds  # the optimizer calls for the gradient
+    return {
+        "steps_per_second": steps / whole.seconds,
+        "optimizer": update / whole.seconds,
+        "beside": 1 - (inner.seconds + update) / whole.seconds,
+    }
 
 
 def start_up(arguments: list[str], times: int) -> float:
