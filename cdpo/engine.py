@@ -139,6 +139,7 @@ def _gradient(run: Run, chosen: list[int], first: bool) -> dict[str, float]:
     ranks.each(lambda: _add_up(run, chosen, first, means, objective), through_model=True)
     ranks.add_gradients(run.parameters)
     norm = whole(get_total_norm([p.grad for p in run.parameters if p.grad is not None]))
+    _make_next(run)  # while a GPU is still at work: the next line waits for it
     numbers = torch.stack([ranks.add(objective), norm.double()]).tolist()
     if not all(map(math.isfinite, numbers)):
         if not ranks.sharded:
@@ -147,6 +148,13 @@ def _gradient(run: Run, chosen: list[int], first: bool) -> dict[str, float]:
     if run.trainer.max_grad_norm is not None and numbers[1] > run.trainer.max_grad_norm:
         clip_grads_with_norm_(run.parameters, run.trainer.max_grad_norm, norm)
     return means.reduce(ranks.gather) | {"objective": numbers[0], "grad_norm": numbers[1]}
+
+
+def _make_next(run: Run) -> None:
+    """This rank's batches of the next step, which `run.train` keeps."""
+    if run.state.step + 1 < run.plan.steps:
+        for indices in run.plan.shares(run.state.step + 1, run.ranks.size)[run.ranks.rank]:
+            run.train.batch(tuple(indices))
 
 
 @torch.no_grad()

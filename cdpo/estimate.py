@@ -16,10 +16,11 @@ from rich.table import Table
 from cdpo.batch import Item
 from cdpo.change import Change
 from cdpo.checkpoint import latest_step
+from cdpo.checks import read
 from cdpo.config import Config
 from cdpo.distributed import Ranks
 from cdpo.files import read_json
-from cdpo.job import check_switches, longest, quiet_libraries, read, tokens
+from cdpo.job import check_switches, longest, quiet_libraries, tokens
 from cdpo.model import check_lengths
 from cdpo.run import check_fit
 from cdpo.sweep import Outcome, Task, failure

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +18,17 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
-from cdpo import __version__, config
+from cdpo import config
 from cdpo.batch import Item
 from cdpo.bradley_terry import add_fitted
-from cdpo.checkpoint import latest_step
-from cdpo.constraints import Constraint, check
+from cdpo.checks import read
 from cdpo.constraints.dropout import Dropout
 from cdpo.constraints.freeze import decoder_layers
+from cdpo.directory import begin, status
 from cdpo.distributed import Ranks, shard, started, whole_tree
 from cdpo.engine import fit
-from cdpo.errors import ConfigError, DataError, DiskError, Preempted, RankLost
-from cdpo.files import read_json, redact, remove, sha256, sweep, write_atomic, write_json
+from cdpo.errors import ConfigError, DataError, Preempted
+from cdpo.files import write_json
 from cdpo.lock import locked
 from cdpo.logps import one_by_one
 from cdpo.losses.candidates import OnCandidates
@@ -40,7 +38,6 @@ from cdpo.progress import Progress
 from cdpo.reference import Scored, add_reference, check_loaded, check_start, layout_for
 from cdpo.rows import Data
 from cdpo.run import Run, State
-from cdpo.tabular import Tabular
 from cdpo.tokens import tokenised
 
 log = logging.getLogger(__name__)
@@ -68,66 +65,17 @@ def run(
     files = {"config.json": composed, "choices.json": choices or {}}
     with ExitStack() as held, started(spec.trainer.distributed, _on_gpu(spec.trainer)) as ranks:
 
-        def begin() -> dict[str, Any] | None:
+        def begun() -> dict[str, Any] | None:
             held.enter_context(locked(folder))
-            return _begin(composed, folder, files, command)
+            return begin(composed, folder, files, command)
 
         if spec.trainer.distributed == "ddp" and ranks.size == 1:
             log.warning("trainer.distributed=ddp with one process is none: start ranks with torchrun or srun")
-        if summary := ranks.from_first(begin):
+        if summary := ranks.from_first(begun):
             log.info("%s is finished already; nothing to do", folder)
             return summary
-        with Signals() as signals, _status(folder, spec.logger, ranks):
+        with Signals() as signals, status(folder, spec.logger, ranks):
             return _run(spec, composed, folder, signals, group, ranks)
-
-
-def _begin(composed: dict[str, Any], folder: Path, files: dict[str, Any], command: str) -> dict[str, Any] | None:
-    """The summary of a run that is finished; else write down what is about to run."""
-    sweep(folder)
-    _same_run(composed, folder)
-    if _state(folder) in ("finished", "stopped_early"):
-        return read_json(folder / "summary.json")  # type: ignore[no-any-return]
-    if latest_step(folder / "checkpoints") < 0:  # nothing was trained: the reference may be another one
-        remove(folder / "reference.safetensors")
-    for name, content in (files | {"inputs.json": _inputs(composed)}).items():
-        write_json(folder / name, content)
-    write_atomic(folder / "command.txt", command + "\n")
-    return None
-
-
-def read(composed: dict[str, Any]) -> config.Config:
-    """A config's objects, checked as far as no data is needed. Raises ConfigError."""
-    spec = config.read(composed)
-    _check_kinds(spec)
-    _check_drawn(spec)
-    check(spec.constraint, lbfgs=spec.optimizer.full_batch, fsdp=spec.trainer.distributed == "fsdp")
-    if spec.trainer.distributed == "fsdp":
-        _check_fsdp(spec)
-    return spec
-
-
-def _check_drawn(spec: config.Config) -> None:
-    """ConfigError where a loss takes pairs for drawn from what they were not drawn from."""
-    drawn = getattr(spec.loss, "drawn", None)
-    sampling = getattr(spec.dataset, "sampling", "uniform")  # of other data with rewards, every pair stands
-    if drawn is None or drawn == sampling == "uniform" or (drawn == sampling and isinstance(spec.model, Tabular)):
-        return
-    where, advice = sampling, f"loss.drawn={sampling}"
-    if sampling == "reference" and not isinstance(spec.model, Tabular):
-        where, advice = "from the world's table, not this model", "loss.drawn=uniform dataset.sampling=uniform"
-    raise ConfigError(f"loss.drawn={drawn}, but the pairs are drawn {where}: set {advice}")
-
-
-def _check_fsdp(spec: config.Config) -> None:
-    """ConfigError for what does not work on shards."""
-    refused = {
-        "optimizer=lbfgs": spec.optimizer.full_batch,
-        "model=tabular": not hasattr(spec.model, "attention") and not hasattr(spec.model, "layers"),
-        "trainer.samples": spec.trainer.samples > 0,
-        "trainer.compile": spec.trainer.compile,
-    }
-    if names := [name for name, found in refused.items() if found]:
-        raise ConfigError(f"trainer.distributed=fsdp does not go with {', '.join(names)}; use trainer.distributed=ddp")
 
 
 def quiet_libraries() -> None:
@@ -385,95 +333,3 @@ def _summary(task: Run, state: State, before: dict[str, Any], folder: Path) -> d
     }
     task.ranks.from_first(lambda: write_json(folder / "summary.json", summary))
     return summary
-
-
-# ------------------------------------------------------------------------------------------------- the run directory
-
-
-def _state(folder: Path) -> str | None:
-    path = folder / "status.json"
-    return read_json(path)["state"] if path.is_file() else None
-
-
-def _check_kinds(spec: config.Config) -> None:
-    """ConfigError if a group holds something of another kind, or nothing."""
-    kinds = {"model": "load", "dataset": "load", "loss": "unit", "optimizer": "build", "logger": "start"}
-    for group, method in kinds.items():
-        if not hasattr(getattr(spec, group), method):
-            raise ConfigError(f"{group}={getattr(spec, group)!r} is no {group}: choose one of conf/{group}/")
-    for name, constraint in spec.constraint.items():
-        if not isinstance(constraint, Constraint):
-            raise ConfigError(f"constraint.{name}={constraint!r} is no constraint: choose with constraint={name}")
-
-
-def _inputs(composed: dict[str, Any]) -> dict[str, str]:
-    """Size and sha256 of the local files that a run reads: data, world, and the model's folder."""
-    named = [composed["dataset"].get(key) for key in ("path", "eval_path")] + [composed["model"].get("name_or_path")]
-    paths = [Path(name) for name in named if name]
-    files = [
-        file for path in paths for file in ([path] if path.is_file() else sorted(path.glob("*"))) if file.is_file()
-    ]
-    return {str(file): _print(file) for file in files}
-
-
-def _print(file: Path) -> str:
-    """Large files, which weights are, by size alone: before training the step-0 check looks at what they do."""
-    size = file.stat().st_size
-    return f"{size} bytes" + (f", sha256 {sha256(file)}" if size < 1 << 30 else "")
-
-
-def _same_run(composed: dict[str, Any], folder: Path) -> None:
-    """ConfigError if `folder` holds a run of another config or of other files; names the key, or the file."""
-    path = folder / "config.json"
-    if not path.is_file() or _failed_at_once(folder):
-        return
-    old, new = config.trajectory(read_json(path)), config.trajectory(redact(composed))
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            raise ConfigError(
-                f"{folder} holds a run with {key}={old.get(key)!r}, now it is {new.get(key)!r}: "
-                "choose another name, or go back to the old value"
-            )
-    before, now = (read_json(folder / "inputs.json") if (folder / "inputs.json").is_file() else {}), _inputs(composed)
-    if changed := sorted(file for file in before.keys() | now.keys() if before and before.get(file) != now.get(file)):
-        raise ConfigError(f"{folder} holds a run of other files: {', '.join(changed)} changed; choose another name")
-
-
-def _failed_at_once(folder: Path) -> bool:
-    """Whether the earlier attempt failed before it wrote a number that those of another config could be mixed with."""
-    measured = folder / "metrics.jsonl"
-    begun = latest_step(folder / "checkpoints") >= 0 or (measured.is_file() and measured.stat().st_size > 0)
-    return _state(folder) == "failed" and not begun
-
-
-@contextmanager
-def _status(folder: Path, logger: Any, ranks: Ranks) -> Iterator[None]:
-    """Keep status.json true: running, then how it ended and why (README); end the logger."""
-    if not ranks.first:
-        yield
-        return
-    where = {
-        "cdpo": __version__,
-        "torch": torch.__version__,
-        "host": platform.node(),
-        "threads": torch.get_num_threads(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "ranks": ranks.size,
-    }
-    path = folder / "status.json"
-    before = read_json(path) if path.is_file() else where
-    if changed := [key for key, value in where.items() if before.get(key, 1) != value and key != "host"]:
-        log.warning("%s changed since the last attempt: the run goes on, but not bit for bit", ", ".join(changed))
-    write_json(path, {"state": "running", **where})
-    try:
-        yield
-    except BaseException as error:
-        states = {Preempted: "preempted", RankLost: "interrupted"}  # both go on when started again
-        state = states.get(type(error), "failed")
-        cause = f"{type(error).__name__}: {error}"
-        with suppress(DiskError):  # a full disk must not hide why the run failed
-            write_json(path, {"state": state, "cause": cause, **where})
-        logger.finish(getattr(error, "exit_code", 1))
-        raise
-    logger.finish(0)
-    write_json(path, {"state": read_json(folder / "summary.json")["state"], **where})

@@ -13,7 +13,7 @@ ABOVE_TO_BELOW = """
     lock cache metrics logger
     compressive_sensing rows records formats data worlds
     tokenise tokens config packing attention head logps reference model tabular change constraints optim checkpoint
-    evaluate run engine job report sweep work local slurm status compose estimate train
+    evaluate run engine checks directory job report sweep work local slurm status compose estimate train
 """
 ORDER = ABOVE_TO_BELOW.split()
 

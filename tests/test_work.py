@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from cdpo.directory import status
 from cdpo.distributed import Ranks
 from cdpo.errors import RankLost
-from cdpo.job import _status
 from cdpo.logger import Nothing
 from cdpo.sweep import Task, earlier, write_task
 from cdpo.work import SlurmTask
@@ -30,7 +30,7 @@ def test_it_is_requeued_while_steps_advance_and_not_for_ever(tmp_path):
 
 
 def test_a_run_that_lost_a_rank_goes_on_when_started_again(tmp_path):
-    with pytest.raises(RankLost), _status(tmp_path, Nothing(), Ranks()):
+    with pytest.raises(RankLost), status(tmp_path, Nothing(), Ranks()):
         raise RankLost("gone")
     assert '"interrupted"' in (tmp_path / "status.json").read_text()
     assert earlier(Task(tmp_path, None, "", {}), retry_failed=False) is None

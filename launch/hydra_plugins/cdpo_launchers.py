@@ -98,8 +98,8 @@ class Processes(Launcher):
 
     def composed(self, overrides: Sequence[str]) -> tuple[Task, dict[str, Any], Outcome | None]:
         """A run as a task with its config, checked; and the outcome, if it cannot be run."""
+        from cdpo.checks import read
         from cdpo.compose import composed_of, task_of
-        from cdpo.job import read
         from cdpo.sweep import failure
 
         with _at(self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))) as cfg:
