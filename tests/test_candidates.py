@@ -147,6 +147,22 @@ def test_the_gradient_of_onpolicy_regression_is_beta_times_that_of_rlhf(beta):
     torch.testing.assert_close(gradient(OnPolicyRegression(beta)), beta * gradient(RLHF(beta)), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("loss", ["rlhf", "rlhf_learned", "onpolicy_regression", "wpo_candidates"])
+def test_every_loss_on_candidates_raises_j_of_a_transformer_under_lora(loss, tmp_path):
+    """Responses of several tokens, all of them enumerated."""
+    drawn = ["loss.drawn=uniform"] if loss == "wpo_candidates" else []
+    run = composed("model=tiny", "model.hidden_size=16", "model.heads=2", "constraint=lora_r2", f"loss={loss}", *drawn,
+                   "dataset.prompts=4", "dataset.alphabet=3", "dataset.length=2", "dataset.sampling=uniform", "beta=1",
+                   "trainer.batch_size=null", "trainer.max_steps=40", "optimizer.learning_rate=2e-2",
+                   "trainer.eval_every=20", "logger=none")  # fmt: skip
+    summary = job.run(run, tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    reached = [row["objective/attained"] for row in rows if "objective/attained" in row]
+    assert reached[0] == pytest.approx(0, abs=1e-5)
+    assert 0.1 < reached[1] < reached[2] < 1
+    assert summary["constraint"]["lora_r2"]["rank"] <= 2
+
+
 def test_the_gradient_of_rlhf_is_the_slope_of_its_value():
     logps = logps_of()
     torch.autograd.gradcheck(lambda p: RLHF(0.3)(replace(logps, policy=p)), logps.policy.clone().requires_grad_())

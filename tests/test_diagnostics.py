@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from composing import composed
 from cdpo import job
 from cdpo.batch import Logps
 from cdpo.diagnostics import BINS, gaussian_view, histograms, quantiles, summarise
+
+HH = Path(__file__).parents[1] / "../shared/data/hh-harmless-base-test.jsonl.gz"
 
 
 def logps_of(pairs: int = 50, seed: int = 0) -> Logps:
@@ -92,3 +96,20 @@ def test_every_evaluation_of_every_loss_of_pairs_has_the_view(tmp_path, loss):
     assert last["eval/gaussian/log_lambda"] == first["eval/gaussian/log_lambda"]
     margin = last["eval/gaussian/log_lambda"] - last["eval/gaussian/log_gamma"]
     assert margin == pytest.approx(last["eval/rewards/margins"], rel=1e-9)
+
+
+@pytest.mark.skipif(not HH.is_file(), reason=f"no {HH.name}")
+def test_the_view_of_real_pairs(tmp_path):
+    """HH, with a model of random weights: at the start the policy is the reference, so weights are 1/2."""
+    with gzip.open(HH, "rt", encoding="utf-8") as lines:
+        (tmp_path / "hh.jsonl").write_text("".join(line for line, _ in zip(lines, range(40))), encoding="utf-8")
+    settings = composed("model=tiny", "dataset=jsonl", f"dataset.path={tmp_path}/hh.jsonl", "dataset.eval_size=10",
+                        "dataset.max_prompt_tokens=32", "dataset.max_response_tokens=32", "trainer.max_steps=2",
+                        "dataset.on_identical=drop", "dataset.max_drop_fraction=1", "logger=none")  # fmt: skip
+    job.run(settings, tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first, last = (row for row in rows if "eval/gaussian/log_gamma" in row)
+    assert first["eval/gaussian/effective_weight"] == pytest.approx(0.5, abs=1e-4)
+    assert first["eval/gaussian/log_gamma"] == pytest.approx(first["eval/gaussian/log_lambda"], abs=1e-4)
+    margin = last["eval/gaussian/log_lambda"] - last["eval/gaussian/log_gamma"]
+    assert margin == pytest.approx(last["eval/rewards/margins"], rel=1e-4)
