@@ -207,7 +207,7 @@ def test_a_rank_that_is_killed_ends_the_other_and_is_told(tmp_path):
         [{"config": config, "folder": str(tmp_path / "r"), "rank": 1, "step": 5, "fault": "SIGKILL"}], tmp_path
     )
     assert code == 1
-    assert status(tmp_path / "r")["state"] == "failed"
+    assert status(tmp_path / "r")["state"] == "interrupted"
     assert "another rank is gone" in status(tmp_path / "r")["cause"]
     code, text = together([{"config": config, "folder": str(tmp_path / "r")}], tmp_path)
     assert code == 0, text
