@@ -106,16 +106,21 @@ def preempt(sweeper, times: int, steps: int) -> Path:
     """Run LOW, preempted so many times by a job of a higher partition; returns the run's directory once it is done."""
     process = sweeper.start(*LOW, f"trainer.max_steps={steps}")  # 0.1 s a step, so it outlasts a slow preemption
     until(lambda: reached(sweeper.out, 8))
-    for _ in range(times):
-        (metrics,) = sweeper.out.glob("*/metrics.jsonl")
-        before = len(trajectory(metrics.parent))
+    (run,) = sweeper.out.glob("bandit-*")
+    for done in range(times):
         other = ["sbatch", "-p", "high", "-N2", "--exclusive", "-W", "--wrap", "sleep 1"]
         subprocess.run(other, check=True, cwd=sweeper.folder)
-        until(lambda before=before: reached(sweeper.out, min(before + 5, steps - 5)))
+        until(lambda done=done: resumed(run) > done)
+        begun = len(trajectory(run))
+        until(lambda begun=begun: reached(sweeper.out, min(begun + 5, steps - 5)))
     assert process.wait(180) == 0
-    (run,) = sweeper.out.glob("bandit-*")
-    assert (run / "train.log").read_text().count("resumed from step") == times
+    assert resumed(run) == times
     return run
+
+
+def resumed(run: Path) -> int:
+    """How often a run went on from a checkpoint."""
+    return (run / "train.log").read_text().count("resumed from step")
 
 
 def same_as_uninterrupted(run: Path, folder: Path, marker: Path, *options: str) -> None:
