@@ -304,6 +304,6 @@ def _returned(outcome: Outcome) -> JobReturn:
     from cdpo.errors import CdpoError
 
     failed = outcome.exit_code != 0
-    found = JobReturn(status=JobStatus.FAILED if failed else JobStatus.COMPLETED)
+    found = JobReturn(overrides=[outcome.task.command], status=JobStatus.FAILED if failed else JobStatus.COMPLETED)
     found.return_value = CdpoError(outcome.ending) if failed else None
     return found
