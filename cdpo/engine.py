@@ -30,7 +30,7 @@ from cdpo.logps import Statistics, score, score_with_statistics
 from cdpo.losses import check_finite, per_unit
 from cdpo.metrics import Means, MetricsFile
 from cdpo.progress import Heartbeat, Progress
-from cdpo.reference import Scored, with_constants
+from cdpo.reference import KEPT, Scored, with_constants
 from cdpo.run import Run, State, restore, snapshot
 
 SAMPLES, HISTOGRAMS, CHECKPOINTS = "samples.jsonl", "histograms.jsonl", "checkpoints"
@@ -43,6 +43,7 @@ def fit(run: Run) -> State:
     """
     state = run.state
     saved = restore(run, run.folder / CHECKPOINTS)
+    run.policy.train()  # all of it: peft leaves the root of a model in eval mode in training mode
     metrics = _files(run, saved) if run.ranks.first else None
     heartbeat = Heartbeat(run.folder / "progress.json", run.plan.steps, state.step)
     with Progress(run.plan.steps, state.step, run.folder.name, quiet=metrics is None) as bar:
@@ -135,25 +136,26 @@ def _gradient(run: Run, chosen: list[int], first: bool) -> dict[str, float]:
     for parameter in run.parameters:
         parameter.grad = None
     means, ranks = Means(), run.ranks
-    objective = torch.zeros((), dtype=torch.float64, device=run.accelerator.device)
-    ranks.each(lambda: _add_up(run, chosen, first, means, objective), through_model=True)
+    sums = torch.zeros(2, dtype=torch.float64, device=run.accelerator.device)  # objective; log-probs, to be watched
+    ranks.each(lambda: _add_up(run, chosen, first, means, sums), through_model=True)
     ranks.add_gradients(run.parameters)
     norm = whole(get_total_norm([p.grad for p in run.parameters if p.grad is not None]))
     _make_next(run)  # while a GPU is still at work: the next line waits for it
-    numbers = torch.stack([ranks.add(objective), norm.double()]).tolist()
-    if not all(map(math.isfinite, numbers)):
+    objective, log_probs, length = torch.cat([ranks.add(sums), norm.double()[None]]).tolist()
+    if not all(map(math.isfinite, (objective, log_probs, length))):
         if not ranks.sharded:
             ranks.each(lambda: _check_log_probs(run))
-        raise _not_finite(run, [run.train.items[i] for i in chosen], *numbers)
-    if run.trainer.max_grad_norm is not None and numbers[1] > run.trainer.max_grad_norm:
+        raise _not_finite(run, [run.train.items[i] for i in chosen], objective, length)
+    if run.trainer.max_grad_norm is not None and length > run.trainer.max_grad_norm:
         clip_grads_with_norm_(run.parameters, run.trainer.max_grad_norm, norm)
-    return means.reduce(ranks.gather) | {"objective": numbers[0], "grad_norm": numbers[1]}
+    return means.reduce(ranks.gather) | {"objective": objective, "grad_norm": length}
 
 
 def _make_next(run: Run) -> None:
     """This rank's batches of the next step, which `run.train` keeps."""
     if run.state.step + 1 < run.plan.steps:
-        for indices in run.plan.shares(run.state.step + 1, run.ranks.size)[run.ranks.rank]:
+        own = run.plan.shares(run.state.step + 1, run.ranks.size)[run.ranks.rank]
+        for indices in own if 2 * len(own) <= KEPT else ():
             run.train.batch(tuple(indices))
 
 
@@ -162,10 +164,11 @@ def _check_log_probs(run: Run) -> None:
     """NumericsError with the responses whose log-probs are not finite, if that is what is wrong; once it is."""
     for indices in run.plan.shares(run.state.step, run.ranks.size)[run.ranks.rank]:
         batch = run.train.batch(tuple(indices))
-        check_finite(with_constants(score(run.policy, batch), batch))
+        with run.autocast():
+            check_finite(with_constants(score(run.policy, batch), batch))
 
 
-def _add_up(run: Run, chosen: list[int], first: bool, means: Means, objective: Tensor) -> None:
+def _add_up(run: Run, chosen: list[int], first: bool, means: Means, totals: Tensor) -> None:
     """This rank's part of the gradient, of the metrics and of the objective, micro-batch by micro-batch."""
     shares = run.plan.shares(run.state.step, run.ranks.size)
     own = [tuple(indices) for indices in shares[run.ranks.rank]]
@@ -181,7 +184,7 @@ def _add_up(run: Run, chosen: list[int], first: bool, means: Means, objective: T
             penalty = constraint.penalty(logps)
             part = part if penalty is None else part + penalty.sum() / len(chosen)
         part.backward()
-        objective += part.detach()
+        totals += torch.stack([part.detach(), sums.detach().sum()])
         if first:
             _measure(run, means, logps)
         if statistics is not None:

@@ -47,7 +47,8 @@ class Pool:
 
     def __init__(self, at_once: int, gpus: list[str], threads: int) -> None:
         self.gpus, self.threads = gpus, threads
-        self.free, self.running, self.stopping = list(range(at_once)), dict[int, tuple[str, int]](), False
+        self.free, self.running = list(range(at_once)), dict[int, tuple[str, int]]()
+        self.stopping: int | None = None  # the signal that asked to
 
     def run(self, files: list[str]) -> None:
         """Do them all."""
@@ -68,6 +69,8 @@ class Pool:
             if pid == 0:
                 _child(lambda: self._task(file, slot))
             self.running[pid] = file, slot
+            if self.stopping:  # another thread of this process took the signal meanwhile
+                self._pass_on(self.stopping)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, Signals.HANDLED)
 
     def _task(self, file: str, slot: int) -> int:
@@ -90,7 +93,7 @@ class Pool:
             self._pass_on(signal.SIGTERM)
 
     def _pass_on(self, number: int, *_: Any) -> None:
-        self.stopping = True
+        self.stopping = number
         for pid in self.running:
             with suppress(ProcessLookupError):  # it has just ended
                 os.kill(pid, number)
@@ -117,9 +120,12 @@ def _child(work: Callable[[], int]) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
-        logging.shutdown()
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+        for number in Signals.HANDLED:  # the handlers of the process that forked would pass them on to the others
+            signal.signal(number, signal.SIG_IGN)
+        with suppress(OSError, ValueError):
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
 
 

@@ -28,6 +28,7 @@ from cdpo.packing import by_tokens, pack
 
 log = logging.getLogger(__name__)
 
+KEPT = 64  # batches
 CHECKED = 16  # Items that are scored again before training starts
 RESCORED = 8  # Items that are scored again when numbers of another run are read
 
@@ -43,7 +44,7 @@ class Scored:
 
     def __post_init__(self) -> None:
         # a full-batch run asks for the same batches at every step
-        self.batch: Callable[[tuple[int, ...]], Batch] = lru_cache(maxsize=64)(self._batch)
+        self.batch: Callable[[tuple[int, ...]], Batch] = lru_cache(maxsize=KEPT)(self._batch)
 
     def _batch(self, indices: tuple[int, ...]) -> Batch:
         reference = [self.reference[i] for i in indices] if self.reference else None

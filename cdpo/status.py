@@ -58,8 +58,8 @@ def rows(folder: Path) -> list[Row]:
         queue = slurm.queued([job["job_id"] for job in jobs.values()])
     except ConfigError as error:
         print(f"cdpo-status: what waits or runs is not known here ({error})", file=sys.stderr)
-        queue = {}
-    gone = [job["job_id"] for job in jobs.values() if job["job_id"] not in queue]
+        queue, jobs = {}, {path: {"unknown": True} for path in jobs}
+    gone = [job["job_id"] for job in jobs.values() if job.get("job_id", "") not in {"", *queue}]
     accounts = slurm.accounted(gone) if gone else {}
     found = {path.relative_to(folder).as_posix(): path for path in paths}
     return [_row(name, path, jobs.get(path, {}), queue, accounts) for name, path in sorted(found.items())]
@@ -92,6 +92,9 @@ def _row(name: str, path: Path, job: dict[str, Any], queue: dict[str, slurm.Queu
     account = accounts.get(job.get("job_id", ""))
     if state == "running":
         cause = f"{f'ended by SLURM ({account})' if account else 'killed'}; the same command goes on"
+        cause = "no sign of life, and whether its job runs is not known here" if job.get("unknown") else cause
+    elif job.get("unknown") and not cause:
+        return Row(name, state or "not started", *_progress(path)[:1], cause="whether its job waits is not known here")
     elif job and not cause:  # it ended before it began
         cause = f"ended by SLURM ({account or 'there is no accounting'}) before it began: see {job.get('stderr')}"
     begun = {"running": "interrupted", None: "failed" if ending.get("exit_code") or job else "not started"}

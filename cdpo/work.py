@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,13 @@ def _log_to(path: Path) -> None:
 
 
 def _requeue(job: str, times: int = 5) -> None:
-    """Ask the controller to; a busy one may not answer at first. Raises CalledProcessError if it never does."""
+    """Ask the controller to; a busy one may not answer at first. Raises what subprocess does if it never does."""
     for again in range(times):
-        done = subprocess.run(["scontrol", "requeue", job], timeout=120)
-        if done.returncode == 0:
+        last = again + 1 == times
+        with suppress(*([] if last else [subprocess.CalledProcessError, subprocess.TimeoutExpired])):
+            subprocess.run(["scontrol", "requeue", job], timeout=20, check=True)
             return
-        time.sleep(2 * (again + 1 < times))
-    done.check_returncode()
+        time.sleep(2)
 
 
 @dataclass

@@ -183,6 +183,9 @@ def test_a_multiplier_times_what_is_over_the_budget_counts_in_the_choice_of_a_se
     near = run("dpo", 0.9, "kl_budget", m_objective=1.4, m_constraint__kl_budget__multiplier=2.0, **budget)  # 1.0
     far = run("dpo", 0.3, "kl_budget", m_objective=1.3, m_constraint__kl_budget__multiplier=0.5, **budget)  # 1.2
     assert cells(near, far)["dpo", "kl_budget"]["attained"] == 0.9
+    for row, loss in ((near, 0.5), (far, 0.4)):  # the held-out loss holds no multiplier
+        row |= {"config.trainer.batch_size": 4, "metric/eval/loss": loss}
+    assert cells(near, far)["dpo", "kl_budget"]["attained"] == 0.3
 
 
 def test_the_objective_of_a_last_mini_batch_chooses_no_search():

@@ -490,3 +490,38 @@ def test_a_run_that_failed_before_its_first_number_may_start_from_another_model(
     job.run(composed(*settings, "model.init_seed=1"), tmp_path / "run")
     job.run(composed(*settings, "model.init_seed=1"), tmp_path / "other")
     assert timeless(tmp_path / "run") == timeless(tmp_path / "other")
+
+
+def test_a_log_prob_that_is_not_finite_stops_the_run_though_the_loss_is_finite(tmp_path, monkeypatch):
+    """A rejected response that became impossible: the hinge is 0 there, and so is its gradient."""
+    real = engine._score
+
+    def poisoned(run, batch, first):
+        sums, statistics = real(run, batch, first)
+        if run.state.step == 5:
+            sums = sums.index_fill(0, batch.pairs[:1, 1], -math.inf)
+        return sums, statistics
+
+    monkeypatch.setattr(engine, "_score", poisoned)
+    hard = ["loss=hinge", "dataset.preferences=sampled", "dataset.pairs=40"]
+    with pytest.raises(NumericsError, match="step 5"):
+        job.run(composed(*SMALL, *hard), tmp_path / "run")
+
+
+def test_a_run_trains_all_of_its_model(tmp_path, monkeypatch):
+    """peft leaves the root of a model that was in eval mode in training mode, and what is below it not."""
+    modes, real, fit = [], engine._gradient, engine.fit
+
+    def gradient(run, chosen, first):
+        modes.append({part.training for part in run.policy.modules()})
+        return real(run, chosen, first)
+
+    def fitting(run):
+        run.policy.eval()
+        run.policy.training, run.state.looked = True, 0  # as in a run that was evaluated before it was stopped
+        return fit(run)
+
+    monkeypatch.setattr(engine, "_gradient", gradient)
+    monkeypatch.setattr(job, "fit", fitting)
+    job.run(composed(*SMALL, "constraint=lora_r2", "trainer.max_steps=2"), tmp_path / "run")
+    assert modes == [{True}, {True}]

@@ -62,11 +62,11 @@ def test_a_signal_saves_what_runs_and_starts_nothing_more(sweeper, number):
     assert list(begun.glob("checkpoints/checkpoint-*"))
 
 
-@pytest.mark.parametrize("count", ["0", "-1", "two"])
+@pytest.mark.parametrize("count", ["0", "-1", "1.5", "two"])
 def test_a_number_of_runs_at_a_time_that_cannot_be_is_refused(sweeper, count):
     code, text = sweeper.run("loss.how=none", f"hydra.launcher.at_once={count}")
     assert code == 2
-    assert f"hydra.launcher.at_once={count} must be a number, at least 1" in text
+    assert f"hydra.launcher.at_once={count} must be a whole number, at least 1" in text
 
 
 def test_what_a_run_prints_is_kept(tmp_path):

@@ -62,3 +62,15 @@ def test_the_command_counts_them_and_lists_what_is_not_finished(sweep, monkeypat
 def test_a_directory_without_runs_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="has no run"):
         status.rows(tmp_path)
+
+
+def test_where_the_queue_cannot_be_asked_nothing_is_made_up(sweep, monkeypatch, capsys):
+    put(sweep / "jobs.json", **{"qwen2.5": {"job_id": "7_0", "stderr": "log"}, "running": {"job_id": "7_1"}})
+    monkeypatch.setenv("PATH", str(sweep))
+    found = {row.run: row for row in status.rows(sweep)}
+    assert (found["qwen2.5"].state, found["qwen2.5"].cause) == (
+        "not started",
+        "whether its job waits is not known here",
+    )
+    assert "whether its job runs is not known here" in found["running"].cause
+    assert "no squeue" in capsys.readouterr().err

@@ -139,15 +139,15 @@ def _objective(row: Mapping[str, Any]) -> float:
     def number(name: str) -> float:
         return math.nan if is_null(value := row.get(name)) else float(value)  # type: ignore[arg-type]
 
-    value = number(f"{METRIC}objective") if is_null(row.get(f"{CONFIG}trainer.batch_size")) else math.nan
-    value = number(f"{METRIC}eval/loss") if math.isnan(value) else value
+    objective = number(f"{METRIC}objective") if is_null(row.get(f"{CONFIG}trainer.batch_size")) else math.nan
+    value = number(f"{METRIC}eval/loss") if math.isnan(objective) else objective
     momentum = 1.0 if is_null(row.get(MOMENTUM)) else number(MOMENTUM)  # 1: no penalty that is known
     for name in set(names(row["constraint"])) & set(PENALTIES):
         strength, norm = number(f"{CONFIG}constraint.{name}.strength"), number(f"{METRIC}constraint/{name}/norm")
         value += 0.0 if math.isnan(strength * norm) else (1 - momentum) * strength / 2 * norm**2
     for name in [name for name in names(row["constraint"]) if name.startswith("kl_budget")]:
         slack = number(f"{METRIC}constraint/{name}/multiplier") * number(f"{CONFIG}constraint.{name}.budget")
-        value -= 0.0 if math.isnan(slack) else slack
+        value -= 0.0 if math.isnan(slack) or math.isnan(objective) else slack  # the held-out loss has no such part
     return value
 
 

@@ -124,7 +124,8 @@ class Local(Processes):
         self.at_once = at_once
 
     def check(self) -> None:
-        at_least(1, "at_once", self.at_once)
+        if self.at_once is not None:
+            at_least(1, "at_once", self.at_once, int)
 
     def carried_out(self, tasks: list[Task], jobs: int) -> list[Outcome]:
         """Through cdpo.local, which gets every signal that comes here."""
@@ -154,13 +155,14 @@ class Slurm(Processes):
     ) -> None:
         super().__init__(retry_failed)
         self.wait, self.poll_s, self.max_requeues = wait, poll_s, max_requeues
-        self.sbatch = {SUBMITIT.get(key, key): value for key, value in sbatch.items() if value not in (None, [], {})}
-        if "mem" in self.sbatch:
-            self.sbatch["mem"] = f"{self.sbatch['mem']}GB"  # a bare number means megabytes
+        given = {key: value for key, value in sbatch.items() if value not in (None, [], {})}
+        if "mem_gb" in given:
+            given["mem_gb"] = f"{given['mem_gb']}GB"  # a bare number means megabytes
+        self.sbatch = {SUBMITIT.get(key, key): value for key, value in given.items()}
 
     def check(self) -> None:
-        at_least(0, "poll_s", self.poll_s)
-        at_least(0, "max_requeues", self.max_requeues)
+        at_least(0, "poll_s", self.poll_s, (int, float))
+        at_least(0, "max_requeues", self.max_requeues, int)
 
     def composed(self, overrides: Sequence[str]) -> tuple[Task, dict[str, Any], Outcome | None]:
         """The same; a job of several tasks, all of which do one run, needs to be told how they share it."""
@@ -237,12 +239,14 @@ class Slurm(Processes):
 SUBMITIT = {"timeout_min": "time", "tasks_per_node": "ntasks_per_node", "mem_gb": "mem"}
 
 
-def at_least(least: int, name: str, value: float | None) -> None:
-    """Raise ConfigError unless an option is null, or a number from `least` on."""
+def at_least(least: int, name: str, value: Any, kind: Any) -> None:
+    """Raise ConfigError unless an option is a number of that kind, from `least` on."""
     from cdpo.errors import ConfigError
 
-    if value is not None and not (isinstance(value, (int, float)) and value >= least):
-        raise ConfigError(f"hydra.launcher.{name}={value} must be a number, at least {least}")
+    if not (isinstance(value, kind) and value >= least):
+        raise ConfigError(
+            f"hydra.launcher.{name}={value} must be {'a whole' if kind is int else 'a'} number, at least {least}"
+        )
 
 
 @contextmanager
