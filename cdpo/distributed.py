@@ -6,6 +6,8 @@ ends the step. So a rank may have no micro-batch at all, and no hook depends on 
 
 from __future__ import annotations
 
+import atexit
+import gc
 import itertools
 import os
 import traceback
@@ -28,6 +30,7 @@ A = TypeVar("A")
 TIMEOUT = timedelta(minutes=30)  # for one exchange; the longest wait is for rank 0 to write a checkpoint or the model
 BUCKET = 1 << 26  # numbers per sum over the ranks
 _GROUPS = itertools.count()  # one name for every process group of this process
+_MESHES: list[Any] = []  # of the sharded models of this run
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,7 @@ def shard(model: Any, layers: Iterable[nn.Module], apart: set[nn.Parameter], dev
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    _MESHES.append(mesh)
     for module in (*layers, model):
         # the outermost unit too gives its weights back after a forward pass: between passes all weights are shards
         fully_shard(module, mesh=mesh, ignored_params=apart, reshard_after_forward=True)
@@ -228,7 +232,16 @@ def started(how: str, cuda: bool) -> Iterator[Ranks]:
     try:
         yield Ranks(rank, size, how)
     finally:
-        dist.destroy_process_group()
+        _end()
+
+
+def _end() -> None:
+    """End the process group and its threads: one that still runs when the interpreter ends aborts the process."""
+    dist.destroy_process_group()
+    while _MESHES:
+        _MESHES.pop()._pg_registry.clear()  # torch's caches of shardings keep the mesh, and it keeps the group
+    atexit.unregister(gc.collect)
+    atexit.register(gc.collect)  # so does a sharded model, which may be in the frames of an error until then
 
 
 @cache
