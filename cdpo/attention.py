@@ -124,6 +124,13 @@ def register() -> None:
     AttentionInterface.register(NAME, tree_attention)
 
 
+def register_for_compiled_layers() -> None:
+    """The same, left out of what is compiled: trees have other sizes in every batch."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, torch.compiler.disable(tree_attention, recursive=False))
+
+
 @contextlib.contextmanager
 def ordinary_attention(model: Any) -> Iterator[None]:
     """Within the block the model attends as transformers does by default, which is what generation needs."""

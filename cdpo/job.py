@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
 from cdpo import config
+from cdpo.attention import register_for_compiled_layers
 from cdpo.batch import Item
 from cdpo.bradley_terry import add_fitted
 from cdpo.checks import read
@@ -303,6 +304,8 @@ def check_switches(policy: Any, trainer: config.Trainer) -> None:
     """ConfigError for what a model does not support."""
     if trainer.gradient_checkpointing and not getattr(policy, "supports_gradient_checkpointing", False):
         raise ConfigError("trainer.gradient_checkpointing: this model does not support it; set it to false")
+    if trainer.compile:
+        decoder_layers(policy)
 
 
 def _switched(policy: Any, trainer: config.Trainer) -> Any:
@@ -310,8 +313,10 @@ def _switched(policy: Any, trainer: config.Trainer) -> Any:
     check_switches(policy, trainer)
     if trainer.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
-    if trainer.compile:
-        policy.compile(dynamic=True)
+    if trainer.compile:  # layer by layer: one compilation serves all, and the head keeps to its slices
+        register_for_compiled_layers()
+        for layer in decoder_layers(policy):
+            layer.compile(dynamic=True)
     return policy
 
 

@@ -319,7 +319,7 @@ def test_freeze_pattern_without_a_match_lists_near_names():
         (Freeze(patterns=["weight"]), "llama", "nothing is left to train"),
         (Freeze(patterns=["table"]), "tabular", "nothing is left to train"),
         (Freeze(train_last_layers=3), "llama", "has 2 layers"),
-        (Freeze(train_last_layers=1), "tabular", "has none"),
+        (Freeze(train_last_layers=1), "tabular", "no decoder layers"),
         (BiasOnly(), "llama", "LlamaForCausalLM has no bias"),
         (BiasOnly(), "tabular", "TabularForCausalLM has no bias"),
     ],

@@ -354,10 +354,17 @@ def test_autocast_is_bfloat16_arithmetic_on_float32_weights(tmp_path):
     assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "autocast").values())
 
 
+def test_compile_is_refused_where_there_are_no_layers(tmp_path):
+    with pytest.raises(ConfigError, match=r"no decoder layers.*trainer\.compile"):
+        job.run(composed("trainer.compile=true", "model=tabular", "loss=dpo"), tmp_path)
+
+
 @pytest.mark.slow
 def test_compile_gives_the_same_numbers_up_to_rounding(tmp_path):
     for name, switch in (("plain", "false"), ("compiled", "true")):
+        torch._dynamo.utils.counters.clear()
         job.run(composed(*SMALL, f"trainer.compile={switch}"), tmp_path / name)
+        assert bool(torch._dynamo.utils.counters["stats"]) is (name == "compiled")
     plain, compiled = (rows(tmp_path / name)[-1]["eval/loss"] for name in ("plain", "compiled"))
     assert plain == pytest.approx(compiled, abs=1e-4)
 

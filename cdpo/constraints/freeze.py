@@ -27,7 +27,10 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The stack of decoder layers. ConfigError if the model has none."""
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     if not stacks:
-        raise ConfigError("train_last_layers needs a model with decoder layers, and this one has none; use patterns")
+        raise ConfigError(
+            "this model has no decoder layers, which train_last_layers (use patterns), trainer.distributed=fsdp (use "
+            "ddp) and trainer.compile need"
+        )
     return max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
 
 
