@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cdpo.batch import Batch
 
 NAME = "cdpo_trees"  # as transformers knows it
+BLOCK = 128  # tokens; what flex_attention skips, or takes without looking, at once
 
 
 class Trees:
@@ -67,12 +68,38 @@ def _mask(branch: Tensor) -> Tensor:
 
 
 def _block_mask(tree: Tensor, branch: Tensor) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
+    """The same for flex_attention, from the first and last tree and branch of each block of BLOCK tokens. 2 x [T]
+
+    create_block_mask would look at every pair of tokens; here a block too many may be visited, and none too few.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
 
     def sees(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (tree[q] == tree[k]) & (q >= k) & ((branch[k] == 0) | (branch[q] == branch[k]))
 
-    return create_block_mask(sees, None, None, len(tree), len(tree), device=tree.device)
+    first, last, least, most = (bound for x in (tree, branch) for bound in _bounds(x))
+    block = torch.arange(len(first), device=tree.device)
+    meet = (first[:, None] <= last) & (first <= last[:, None])  # [query block, key block]
+    related = (least == 0) | ((least[:, None] <= most) & (least <= most[:, None]))
+    visited = meet & related & (block[:, None] >= block)
+    one = (first[:, None] == last) & (first == last[:, None])  # both blocks are of one and the same tree
+    own = (most == 0) | ((least[:, None] == most) & (least == most[:, None]))  # all keys are its prompt, or one branch
+    whole = torch.arange(1, len(first) + 1, device=tree.device) * BLOCK <= len(tree)
+    full = visited & one & own & (block[:, None] > block) & whole[:, None]
+    partial = _listed(visited & ~full)
+    return BlockMask.from_kv_blocks(*partial, *_listed(full), BLOCK, sees, (len(tree), len(tree)))
+
+
+def _bounds(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the greatest value in each block; the last block may be short. [T] -> 2 x [T / BLOCK]"""
+    blocks = torch.cat([x, x[-1:].expand(-len(x) % BLOCK)]).view(-1, BLOCK)
+    return blocks.amin(1), blocks.amax(1)
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many key blocks stand in each row, and which, those first. [n, n] -> [1, 1, n], [1, 1, n, n]"""
+    order = blocks.int().argsort(dim=1, descending=True, stable=True)
+    return blocks.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
 
 
 @lru_cache(maxsize=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from itertools import pairwise
+from random import Random
 from types import SimpleNamespace
 
 import numpy as np
@@ -213,6 +214,35 @@ def test_masks_are_the_definition():
     one = torch.zeros((), dtype=torch.long)
     found = torch.tensor([[bool(rule(one, one, torch.tensor(q), torch.tensor(k))) for k in range(n)] for q in range(n)])
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_blocks_hold_all_that_is_seen_and_full_ones_nothing_else(seed):
+    """Against the definition, block by block; trees from a few tokens to several blocks, K from 2 to 5."""
+    draw = Random(seed)
+    items = [
+        Item([1] * draw.choice([1, 30, 150, 400]), [[2] * draw.randint(1, 300) for _ in range(draw.randint(2, 5))], [])
+        for _ in range(6)
+    ]
+    batch = pack(items)
+    n, size = batch.tokens, attention.BLOCK
+    blocks = attention._block_mask(batch.tree[0], batch.branch[0])
+    seen = torch.zeros(-(-n // size) * size, -(-n // size) * size, dtype=torch.bool)
+    seen[:n, :n] = torch.block_diag(*attention.Trees(batch).masks)
+    seen = seen.unfold(0, size, size).unfold(1, size, size)  # [query block, key block, size, size]
+    listed = {}
+    for kind in ("kv", "full_kv"):
+        listed[kind] = torch.zeros(seen.shape[:2], dtype=torch.bool)
+        for q, (count, order) in enumerate(
+            zip(getattr(blocks, f"{kind}_num_blocks")[0, 0], getattr(blocks, f"{kind}_indices")[0, 0])
+        ):
+            listed[kind][q, order[:count]] = True
+    assert not (listed["kv"] & listed["full_kv"]).any()
+    assert ((listed["kv"] | listed["full_kv"]) >= seen.any(-1).any(-1)).all()
+    assert seen.all(-1).all(-1)[listed["full_kv"]].all()
+    needed = int(seen.any(-1).any(-1).sum())
+    assert needed <= int((listed["kv"] | listed["full_kv"]).sum()) <= 1.2 * needed
+    assert int(listed["full_kv"].sum()) > 0
 
 
 def test_what_would_be_ignored_is_refused():
