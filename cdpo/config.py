@@ -32,12 +32,15 @@ FREE = (
 )  # fmt: skip
 
 
+ENOUGH = 4096  # tokens of a micro-batch: its matrix products are large enough, and more would only take memory
+
+
 @dataclass(frozen=True)
 class Trainer:
     """The loop: how long, in what portions, how often to look and to save."""
 
     batch_size: int | None = 16  # Items (prompts) per optimizer step; null: all of them
-    tokens_per_micro_batch: int = 4096  # bounds memory; the numbers stay but for rounding, and the draws of dropout
+    tokens_per_micro_batch: int | None = None  # null: 4096, or fewer where a GPU has no room for so many
     epochs: int = 1
     max_steps: int | None = None  # if set, replaces epochs
     max_grad_norm: float | None = 1.0  # gradient clipping; null: none
@@ -69,6 +72,11 @@ class Trainer:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least {bound}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm={self.max_grad_norm} must be positive, or null for no clipping")
+
+    @property
+    def budget(self) -> int:
+        """Tokens per micro-batch, at most. Another number changes rounding, the draws of dropout, and nothing else."""
+        return self.tokens_per_micro_batch or ENOUGH
 
     def size(self, items: int) -> int:
         """Items per step, of so many."""

@@ -188,7 +188,7 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
 def _portable(error: Exception, rank: int) -> Exception:
     """An error as other ranks can raise it: what is ours keeps its type, and with it the exit code."""
     text = f"rank {rank}: {error}" if rank else str(error)
-    if type(error) in (ConfigError, DataError, NumericsError, DiskError):
+    if type(error) in (ConfigError, DataError, NumericsError, DiskError, torch.OutOfMemoryError):
         return type(error)(text)
     return RuntimeError(f"{text}\n{''.join(traceback.format_exception(error))}")
 

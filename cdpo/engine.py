@@ -284,9 +284,8 @@ def _evaluate(run: Run) -> Evaluation:
         with run.autocast():
             return score_with_statistics(run.policy, batch)
 
-    budget = run.trainer.tokens_per_micro_batch
     return evaluate(
-        run.policy, run.held_out, run.loss, run.betas, score_batch, budget, run.ranks,
+        run.policy, run.held_out, run.loss, run.betas, score_batch, run.trainer.budget, run.ranks,
         lambda: _go_on(run), run.context(),
     )  # fmt: skip
 
@@ -307,7 +306,7 @@ def _samples(run: Run) -> tuple[list[Item], Tensor] | None:
         _go_on(run)
     samples = Scored(items, run.held_out.padded, run.held_out.device)
     with run.autocast():
-        return items, sampled_kl(run.policy, run.change, samples, run.trainer.tokens_per_micro_batch)
+        return items, sampled_kl(run.policy, run.change, samples, run.trainer.budget)
 
 
 def _keep_samples(run: Run, metrics: MetricsFile | None, items: list[Item], ratio: Tensor) -> None:

@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from cdpo.batch import Item
-from cdpo.change import Change
 from cdpo.checkpoint import latest_step
 from cdpo.checks import read
 from cdpo.config import Config
 from cdpo.distributed import Ranks
 from cdpo.files import read_json
-from cdpo.job import check_switches, longest, quiet_libraries, tokens
+from cdpo.job import longest, quiet_libraries, tokens
+from cdpo.memory import lasting, outline
 from cdpo.model import check_lengths
 from cdpo.run import check_fit
 from cdpo.sweep import Outcome, Task, failure
@@ -76,14 +76,12 @@ def estimate(composed: dict[str, Any], newest: dict[str, Any]) -> Estimate:
     data, tokenizer, train, held_out = newest[key]
     items = len(train)
     check_fit(spec.optimizer, spec.trainer, spec.constraint, items, len(held_out))
-    policy = getattr(spec.model, "skeleton", spec.model.load)(tokenizer, data)
+    policy = outline(spec, tokenizer, data)
     check_lengths(policy, longest(train + held_out))
-    for constraint in spec.constraint.values():
-        policy = constraint.wrap(policy)
-    check_switches(policy, spec.trainer)
     numbers = sum(p.numel() for p in policy.parameters())
     trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    return Estimate(items, spec.trainer.steps(items), numbers, trainable, _bytes(policy, spec.optimizer.states) / 2**30)
+    gib = lasting(policy, spec.optimizer.states) / 2**30
+    return Estimate(items, spec.trainer.steps(items), numbers, trainable, gib)
 
 
 def _data(spec: Config) -> tuple[Any, Any, list[Item], list[Item]]:
@@ -93,14 +91,6 @@ def _data(spec: Config) -> tuple[Any, Any, list[Item], list[Item]]:
     with TemporaryDirectory() as folder:  # for data_report.json
         train, held_out, *_ = tokens(spec, data, tokenizer, Path(folder), lambda *_: None, Ranks())
     return data, tokenizer, train, held_out
-
-
-def _bytes(policy: Any, states: int) -> int:
-    """Weights; gradients and `states` more numbers for each that is trained; the copy of where it started."""
-    weights = sum(p.numel() * p.element_size() for p in policy.parameters())
-    trained = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
-    start = sum(start.numel() * start.element_size() for _, _, start in Change(policy).plain())
-    return weights + (1 + states) * trained + start
 
 
 def state_of(folder: Path) -> str:

@@ -10,6 +10,7 @@ import os
 import time
 import warnings
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
 from cdpo import config
-from cdpo.attention import register_for_compiled_layers
 from cdpo.batch import Item
 from cdpo.bradley_terry import add_fitted
 from cdpo.checks import read
@@ -33,12 +33,14 @@ from cdpo.files import write_json
 from cdpo.lock import locked
 from cdpo.logps import one_by_one
 from cdpo.losses.candidates import OnCandidates
+from cdpo.memory import explained, outline, tokens_that_fit
 from cdpo.model import check_lengths, export
 from cdpo.preemption import Signals
 from cdpo.progress import Progress
 from cdpo.reference import Scored, add_reference, check_loaded, check_start, layout_for
 from cdpo.rows import Data
 from cdpo.run import Run, State
+from cdpo.switches import switched
 from cdpo.tokens import tokenised
 
 log = logging.getLogger(__name__)
@@ -109,9 +111,11 @@ def _run(
     *items, rates = tokens(spec, data, tokenizer, folder, often, ranks, _cache(spec, folder, "tokens"))
     interruptible()
     accelerator = _accelerator(spec.trainer)
+    spec = replace(spec, trainer=_sized(spec.trainer, composed, tokenizer, data, accelerator.device, ranks))
     policy = spec.model.load(tokenizer, data)
     prepared = _sharded if ranks.sharded else _prepared
-    policy, train, held_out, source = prepared(policy, items, spec, accelerator, folder, interruptible, ranks)
+    with explained(spec.trainer.budget):
+        policy, train, held_out, source = prepared(policy, items, spec, accelerator, folder, interruptible, ranks)
     if ranks.rank:
         set_seed((spec.draw + 7_919 * ranks.rank) % 2**31)  # dropout draws anew on every rank
     training = Run(
@@ -120,11 +124,25 @@ def _run(
     )  # fmt: skip
     waited = time.monotonic() - began
     log.info("training begins %.1f s after the start of the run", waited)
-    state = fit(training)
+    with explained(spec.trainer.budget):
+        state = fit(training)
     if ranks.sharded:
         policy = _unsharded(training, spec, data)
     ranks.from_first(lambda: export(policy, tokenizer, folder / "model"))
     return _summary(training, state, {"reference": source, "seconds_before_training": waited}, folder)
+
+
+def _sized(
+    trainer: config.Trainer, composed: dict[str, Any], tokenizer: Any, data: Data, device: torch.device, ranks: Ranks
+) -> config.Trainer:
+    """With micro-batches for which the GPU has room, the same on all ranks; elsewhere as it is."""
+    if trainer.tokens_per_micro_batch or device.type != "cuda":
+        return trainer
+    spec = read(composed)  # constraints of its own: these wrap a model that is thrown away
+    memory = torch.cuda.get_device_properties(device).total_memory
+    shards = ranks.size if ranks.sharded else 1
+    tokens = tokens_that_fit(outline(spec, tokenizer, data), spec.optimizer.states, memory, shards)
+    return replace(trainer, tokens_per_micro_batch=min(ranks.gather(tokens)))
 
 
 def _other(spec: config.Config, folder: Path, interruptible: Any) -> dict[str, Any]:
@@ -213,7 +231,7 @@ def _prepared(
     with torch.no_grad(), accelerator.autocast():
         difference = check_start(policy, train)
     log.info("step 0: policy equals reference (largest difference %.1e nats)", difference)
-    return _switched(policy, spec.trainer), train, held_out, source
+    return switched(policy, spec.trainer), train, held_out, source
 
 
 def _sharded(
@@ -234,7 +252,7 @@ def _sharded(
     train, held_out, source = _scored(policy, items, spec, accelerator, folder, interruptible, ranks)
     with accelerator.autocast():
         check_loaded(policy, witness, before, train)
-    return _switched(policy, spec.trainer), train, held_out, source
+    return switched(policy, spec.trainer), train, held_out, source
 
 
 def _unsharded(training: Run, spec: config.Config, data: Data) -> Any:
@@ -271,7 +289,7 @@ def _scored(
             interruptible()
             bar.update(done)
 
-        budget, own = spec.trainer.tokens_per_micro_batch, folder / "reference.safetensors"
+        budget, own = spec.trainer.budget, folder / "reference.safetensors"
         source = add_reference(policy, whole, budget, own, on_batch, _cache(spec, folder, "reference"), ranks)
     log.info("reference: %s (%d Items, %.1f s)", source, len(items), time.monotonic() - began)
     n, m = len(train_items), len(train_items) + len(held_out_items)
@@ -297,26 +315,6 @@ def _constrained(policy: Any, spec: config.Config) -> Any:
     set_seed(spec.draw)
     for constraint in spec.constraint.values():
         policy = constraint.wrap(policy)
-    return policy
-
-
-def check_switches(policy: Any, trainer: config.Trainer) -> None:
-    """ConfigError for what a model does not support."""
-    if trainer.gradient_checkpointing and not getattr(policy, "supports_gradient_checkpointing", False):
-        raise ConfigError("trainer.gradient_checkpointing: this model does not support it; set it to false")
-    if trainer.compile:
-        decoder_layers(policy)
-
-
-def _switched(policy: Any, trainer: config.Trainer) -> Any:
-    """The policy with what saves memory or time."""
-    check_switches(policy, trainer)
-    if trainer.gradient_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
-    if trainer.compile:  # layer by layer: one compilation serves all, and the head keeps to its slices
-        register_for_compiled_layers()
-        for layer in decoder_layers(policy):
-            layer.compile(dynamic=True)
     return policy
 
 

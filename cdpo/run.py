@@ -75,7 +75,7 @@ class Run:
         check_fit(self.optimizer, trainer, self.constraints, len(items), len(self.held_out.items))
         sizes = [item.tokens for item in items]
         self.weights = [sum(pair.weight for pair in item.pairs) if self.loss.unit == "pair" else 1.0 for item in items]
-        self.plan = Plan(sizes, size, steps, self.seed, trainer.tokens_per_micro_batch)
+        self.plan = Plan(sizes, size, steps, self.seed, trainer.budget)
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         if not self.parameters:
             raise ConfigError("no parameter is left to train: loosen the constraint")

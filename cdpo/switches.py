@@ -1,0 +1,30 @@
+"""trainer.gradient_checkpointing and trainer.compile: what they need of a model, and how they are turned on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cdpo.attention import register_for_compiled_layers
+from cdpo.config import Trainer
+from cdpo.constraints.freeze import decoder_layers
+from cdpo.errors import ConfigError
+
+
+def check_switches(policy: Any, trainer: Trainer) -> None:
+    """ConfigError for what a model does not support."""
+    if trainer.gradient_checkpointing and not getattr(policy, "supports_gradient_checkpointing", False):
+        raise ConfigError("trainer.gradient_checkpointing: this model does not support it; set it to false")
+    if trainer.compile:
+        decoder_layers(policy)
+
+
+def switched(policy: Any, trainer: Trainer) -> Any:
+    """The policy with what saves memory or time."""
+    check_switches(policy, trainer)
+    if trainer.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    if trainer.compile:  # layer by layer: one compilation serves all, and the head keeps to its slices
+        register_for_compiled_layers()
+        for layer in decoder_layers(policy):
+            layer.compile(dynamic=True)
+    return policy
