@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from benchmarks import cases, floor
-from benchmarks.compare import Different, check
+from benchmarks.compare import Different, check, utilisation
 from safetensors.torch import save_file
 
 from cdpo.batch import Item
@@ -75,6 +76,18 @@ def test_nan_is_refused(tmp_path):
     ours, theirs = (Given(name, tmp_path, [0.7, float("nan")], [3.0, 4.0]) for name in ("cdpo", "best"))
     with pytest.raises(Different):
         check(ours, theirs, 1e-4)
+
+
+def test_utilisation_by_hand():
+    assert utilisation([2e12, 3e12, 4e12], [1.0, 2.0, 1.0], 1e13) == pytest.approx(0.2)
+    assert floor.peak("NVIDIA H100 80GB HBM3") == 989e12
+    assert floor.peak("a graphics card") is None
+
+
+def test_the_large_case_has_a_billion_weights():
+    with torch.device("meta"):
+        model = cases._model(cases.CASES["1b"], SimpleNamespace(eos_token_id=0, pad_token_id=0))
+    assert 1e9 < sum(p.numel() for p in model.parameters()) < 1.4e9
 
 
 def test_the_floor_counts_products_by_hand():

@@ -49,9 +49,13 @@ CASES = {
         Case("short", response="short"),
         Case("long", response="long"),
         Case("candidates-4", candidates=4),
+        Case("1b", vocabulary=128_000, layers=16, width=2048, batch=16),
+        Case("1b-lora", vocabulary=128_000, layers=16, width=2048, batch=16, lora=True),
         Case("tiny", vocabulary=300, layers=1, width=32, batch=2, longest_prompt=48),
     )
 }
+
+FOR_GPUS = ("1b", "1b-lora")  # Llama-like, with 1.2 billion weights; too slow for a CPU
 
 
 def prepare(case: Case, data: Path, folder: Path, steps: int) -> list[Item]:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.cases import CASES, HH, Case, prepare
-from benchmarks.floor import flops, speed
+from benchmarks.cases import CASES, FOR_GPUS, HH, Case, prepare
+from benchmarks.floor import flops, peak, speed
 from benchmarks.sides import Side
 from cdpo.batch import Item
 
@@ -69,7 +69,7 @@ def _tolerance(variant: str, device: str) -> float:
 def _turns(case: Case, variant: str, items: list[Item], rounds: int, options: Any) -> dict[str, Any]:
     """Steps of the two processes in turns, so that a noisy machine is noisy for both."""
     seconds: dict[str, list[float]] = {"cdpo": [], variant: []}
-    floors = []
+    floors, operations = [], []
     with Side("cdpo", *options) as ours, Side(variant, *options) as theirs:
         for step in range(WARM + rounds):
             took = {side.name: side.step() for side in (ours, theirs)}
@@ -80,10 +80,13 @@ def _turns(case: Case, variant: str, items: list[Item], rounds: int, options: An
             fastest = flops(case, part) / speed(options[3])
             if step >= WARM:
                 floors.append(fastest)
+                operations.append(flops(case, part))
                 for name, value in took.items():
                     seconds[name].append(value)
         memory = {side.name: side.reply["memory"] for side in (ours, theirs)}
     found = summary(case, items, seconds, floors, memory)
+    if options[3] == "cuda" and (most := peak(torch.cuda.get_device_name())):
+        found["mfu"] = {name: utilisation(operations, values, most) for name, values in seconds.items()}
     print(_line(case, variant, found), flush=True)
     return found
 
@@ -106,6 +109,11 @@ def summary(case: Case, items: list[Item], seconds: dict, floors: list[float], m
     }
 
 
+def utilisation(operations: list[float], seconds: list[float], peak: float) -> float:
+    """MFU: the share of the stated peak at which the operations were done that a step needs at least."""
+    return statistics.median(o / s for o, s in zip(operations, seconds)) / peak
+
+
 def _lengths(items: list[Item]) -> dict[str, float]:
     lengths = [[len(item.prompt), *map(len, item.responses)] for item in items]
     means = [statistics.mean(column) for column in zip(*lengths)]
@@ -120,6 +128,7 @@ def _line(case: Case, variant: str, found: dict[str, Any]) -> str:
         f"{case.name:16} {variant:8} {ours:8.2f} {theirs:8.2f} pairs/s  {ratio:5.1f}x ({least:.1f} to {most:.1f})  "
         f"{megabytes[0]:6.0f} {megabytes[1]:6.0f} MB  {found['memory_share']:.2f}x  "
         f"{found['times_the_floor']:.2f} floors of {found['floor_seconds']:.3f} s"
+        + "".join(f"  MFU {name} {value:.3f}" for name, value in found.get("mfu", {}).items())
     )
 
 
@@ -132,8 +141,7 @@ def machine(device: str, threads: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="launch/benchmark.sh", description=__doc__)
-    cases = [name for name in CASES if name != "tiny"]
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=cases)
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: all but tiny; 1b and 1b-lora on a GPU only")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -144,7 +152,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"machine": machine(options.device, options.threads), "cases": {}}
-    for name in options.cases:
+    fit = [name for name in CASES if name != "tiny" and (options.device == "cuda" or name not in FOR_GPUS)]
+    for name in options.cases or fit:
         with tempfile.TemporaryDirectory() as work:
             try:
                 place = (options.data, Path(work), options.device, options.threads)

@@ -10,6 +10,8 @@ import torch
 from benchmarks.cases import Case
 from cdpo.batch import Item
 
+STATED = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # of the SXM boards; what MFU is counted against
+
 
 def flops(case: Case, items: Sequence[Item]) -> float:
     """Operations of the matrix products of one step on `items`, forward and backward.
@@ -31,6 +33,11 @@ def _seen(item: Item) -> int:
     n = len(item.prompt)
     branches = [len(response) - 1 for response in item.responses]
     return n * (n + 1) // 2 + sum(m * n + m * (m + 1) // 2 for m in branches)
+
+
+def peak(gpu: str) -> float | None:
+    """Operations per second in bfloat16, dense, that the maker states for a GPU of this name; None if unknown here."""
+    return next((value for name, value in STATED.items() if name in gpu), None)
 
 
 def speed(device: str) -> float:
