@@ -22,6 +22,7 @@ from cdpo import attention, cache
 from cdpo.batch import Batch, Item, Logps
 from cdpo.distributed import ALONE, Ranks
 from cdpo.errors import ConfigError, NumericsError
+from cdpo.fingerprint import item_print, weights_print
 from cdpo.head import distrust
 from cdpo.logps import one_by_one, score
 from cdpo.packing import by_tokens, pack
@@ -162,7 +163,7 @@ def add_reference(
 
     Raises NumericsError, naming the rows.
     """
-    prints = [_print(item) for item in scored.items]
+    prints = [item_print(item) for item in scored.items]
     order = sorted(range(len(prints)), key=prints.__getitem__)
     ordered = Scored([scored.items[i] for i in order], scored.padded, scored.device)
     key = _key(model, scored, sorted(prints), budget)
@@ -219,22 +220,6 @@ def _key(model: Any, scored: Scored, prints: list[bytes], budget: int) -> dict[s
         "device": device,
         "tokens_per_micro_batch": budget,
     }
-
-
-def _print(item: Item) -> bytes:
-    """sha256 of what a model is shown of an Item: its token ids, after any truncation."""
-    return hashlib.sha256(json.dumps([item.prompt, item.responses]).encode()).digest()
-
-
-def weights_print(model: Any) -> str:
-    """sha256 of a model's class, config, parameters and buffers; not of where it was loaded from."""
-    passing = ("name_or_path", "transformers_version")
-    config = {k: v for k, v in model.config.to_dict().items() if k not in passing and not k.startswith("_")}
-    digest = hashlib.sha256(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _one_pass(model: nn.Module, scored: Scored, budget: int, on_batch: Callable[[int], None], ranks: Ranks) -> Tensor:

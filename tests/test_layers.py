@@ -12,8 +12,9 @@ ABOVE_TO_BELOW = """
     errors rendezvous distributed batch files candidates losses objective diagnostics bradley_terry preemption progress
     lock cache metrics logger
     compressive_sensing rows records formats data worlds
-    tokenise tokens config packing attention head logps reference model tabular change constraints optim switches memory
-    checkpoint evaluate run engine checks directory job report sweep work local slurm status compose estimate train
+    tokenise tokens config packing attention head logps fingerprint reference model tabular change constraints optim
+    switches memory checkpoint evaluate run engine checks directory job report sweep work local slurm status compose
+    estimate train
 """
 ORDER = ABOVE_TO_BELOW.split()
 

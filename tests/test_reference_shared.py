@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 from cdpo import cache, engine, job, reference
 from cdpo.batch import Item
 from cdpo.errors import ConfigError
+from cdpo.fingerprint import weights_print
 from cdpo.lock import locked
-from cdpo.reference import Scored, add_reference, weights_print
+from cdpo.reference import Scored, add_reference
 
 CPU = torch.device("cpu")
 ALL = [*ITEMS["uneven"], *ITEMS["even"], *ITEMS["one token"]]
