@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from cdpo.report.figures import Study
-from cdpo.report.labels import CONSTRAINT, LOSS, text
+from cdpo.report.labels import CONSTRAINT, LOSS, text, titled
 from cdpo.report.plotting import FAINT, Drawing, Panels, line, looks, panels
 from cdpo.report.runs import CONFIG, histograms, history
 
@@ -66,7 +66,7 @@ def distributions(study: Study) -> Drawing | None:
     tables: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in _kept(study):
         if found := histograms(study.folder / row["directory"]):
-            tables[_title(row), row[LOSS]].append(found)
+            tables[titled(row[CONSTRAINT], row["setting"]), row[LOSS]].append(found)
     groups = [title for title in _ordered(study) if any(key[0] == title for key in tables)]
     shown = [view for view in VIEWS if any(view in found for runs in tables.values() for found in runs)]
     if not groups or not shown:
@@ -116,19 +116,19 @@ def _kept(study: Study) -> list[dict[str, Any]]:
 def _histories(study: Study) -> list[dict[str, Any]]:
     """Label, panel and history of every kept run."""
     return [
-        {"loss": row[LOSS], "title": _title(row), "history": history(study.folder / row["directory"], list(METRICS))}
+        {
+            "loss": row[LOSS],
+            "title": titled(row[CONSTRAINT], row["setting"]),
+            "history": history(study.folder / row["directory"], list(METRICS)),
+        }
         for row in _kept(study)
     ]
-
-
-def _title(row: Mapping[str, Any]) -> str:
-    return f"{row[CONSTRAINT]} · {row['setting']}" if row["setting"] else str(row[CONSTRAINT])
 
 
 def _ordered(study: Study) -> list[str]:
     """Titles of panels, in the order of the cells; those of no finished run last."""
     cells = [{CONSTRAINT: row["constraint"], "setting": row["setting"]} for row in study.cells.to_dict("records")]
-    return list(dict.fromkeys(_title(row) for row in [*cells, *_kept(study)]))
+    return list(dict.fromkeys(titled(row[CONSTRAINT], row["setting"]) for row in [*cells, *_kept(study)]))
 
 
 def _titles(study: Study, table: list[dict[str, Any]]) -> list[str]:

@@ -14,8 +14,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
-from cdpo.report.labels import CONSTRAINT, LOSS, names, text
-from cdpo.report.plotting import INK, Drawing, Look, heat, line, looks, number, panels
+from cdpo.report.labels import CONSTRAINT, LOSS, names, number, text, titled
+from cdpo.report.plotting import INK, Drawing, Look, heat, line, looks, panels
 from cdpo.report.runs import METRIC
 
 QUALITY = {  # column of the cells -> axis; where rewards are known the first, else the others
@@ -63,7 +63,9 @@ def gap_map(study: Study) -> Drawing | None:
     known = study.cells[~study.cells["is_ceiling"]] if len(study.cells) else study.cells
     if not known.get("gap", pd.Series(dtype=float)).notna().any():
         return None
-    values, texts = _pivots(known.assign(row=[_where(row) for row in known.to_dict("records")]), "gap")
+    values, texts = _pivots(
+        known.assign(row=[titled(row["constraint"], row["setting"]) for row in known.to_dict("records")]), "gap"
+    )
     left_out, values, texts = max(len(values) - ROWS, 0), values[:ROWS], texts[:ROWS]
     width = 0.075 * max(map(len, values.index)) + 0.85 * len(values.columns)
     figure = panels([""], size=(max(width, 3.2), 0.27 * len(values) + 0.75), left_out=left_out)
@@ -80,7 +82,7 @@ def quality(study: Study) -> Drawing | None:
     shown = ["attained"] if "attained" in shown else shown
     if not shown:
         return None
-    groups = dict.fromkeys(_where(row) for row in study.cells.to_dict("records"))
+    groups = dict.fromkeys(titled(row["constraint"], row["setting"]) for row in study.cells.to_dict("records"))
     size = (5.6 if len(shown) == 1 else 2.6, 0.30 * len(groups) + 0.04 * len(groups) * len(study.losses()) + 0.5)
     figure = panels([QUALITY[name] for name in shown], columns=2, size=size, sharey=True)
     for name, (title, axes) in zip(shown, figure.items()):
@@ -100,9 +102,9 @@ def levels(study: Study) -> Drawing | None:
     known = study.cells[study.cells["level"].notna() & study.cells["attained"].notna()]
     several = known.groupby("family")["level_name"].transform("nunique") > 1
     kinds = [f"{f} by {n}" if mixed else f for f, n, mixed in zip(known["family"], known["level_name"], several)]
-    titled = known.assign(title=[_title(kind, setting) for kind, setting in zip(kinds, known["setting"])])
-    varying = titled.groupby("title")["level"].transform("nunique") > 1
-    parts = {str(title): part for title, part in titled[varying].groupby("title", sort=False)}
+    panelled = known.assign(title=[titled(kind, setting) for kind, setting in zip(kinds, known["setting"])])
+    varying = panelled.groupby("title")["level"].transform("nunique") > 1
+    parts = {str(title): part for title, part in panelled[varying].groupby("title", sort=False)}
     if not parts:
         return None
     figure = panels(list(parts), sharey=True)
@@ -185,7 +187,7 @@ def _dots(axes: Axes, study: Study, name: str, groups: list[str]) -> None:
     styles, n = study.looks(), len(study.losses())
     for i, loss in enumerate(study.losses()):
         part = [row for row in study.cells.to_dict("records") if row["loss"] == loss and row[name] == row[name]]
-        y = [groups.index(_where(row)) + (i - (n - 1) / 2) * 0.6 / n for row in part]
+        y = [groups.index(titled(row["constraint"], row["setting"])) + (i - (n - 1) / 2) * 0.6 / n for row in part]
         error = [row[f"{name}_se"] if row[f"{name}_se"] == row[f"{name}_se"] else 0.0 for row in part]
         marks: dict[str, Any] = {"color": styles[loss].color, "marker": styles[loss].marker, "linestyle": "none"}
         axes.errorbar([row[name] for row in part], y, xerr=error, label=loss, elinewidth=0.8, **marks)
@@ -231,7 +233,7 @@ def _frontier(axes: Axes, part: pd.DataFrame, styles: Mapping[str, Look], shapes
 def _against(study: Study, name: str) -> Drawing | None:
     others = [other for other in study.settings if other != name]
     cells = study.cells.copy()
-    cells["_panel"] = [_title(row["constraint"], _said(row, others)) for row in cells.to_dict("records")]
+    cells["_panel"] = [titled(row["constraint"], _set_to(row, others)) for row in cells.to_dict("records")]
     cells = cells[cells[name].map(text).groupby(cells["_panel"]).transform("nunique") > 1]
     cells["_x"], ticks = _positions(cells[name])
     shown = [y for y in ("attained", "gap", "accuracy") if cells[y].notna().any()][:2]
@@ -254,13 +256,13 @@ def _against(study: Study, name: str) -> Drawing | None:
 def _positions(values: pd.Series) -> tuple[list[float], list[str]]:
     """Numbers as they are; else positions, with their labels: numbers in order, then words."""
     words = [text(value) or "none" for value in values]
-    if all(_is_number(word) for word in words):
+    if all(_numeric(word) for word in words):
         return [float(word) for word in words], []
-    ticks = sorted(set(words), key=lambda word: (not _is_number(word), float(word) if _is_number(word) else 0.0, word))
+    ticks = sorted(set(words), key=lambda word: (not _numeric(word), float(word) if _numeric(word) else 0.0, word))
     return [float(ticks.index(word)) for word in words], ticks
 
 
-def _is_number(word: str) -> bool:
+def _numeric(word: str) -> bool:
     return re.fullmatch(r"-?\d+(\.\d+)?(e[+-]?\d+)?", word) is not None
 
 
@@ -269,7 +271,7 @@ def _bindings(row: Mapping[str, object]) -> list[tuple[str, str, str, float]]:
     listed, found = names(row["constraint"]), []
     for name in listed:
         label = str(row[CONSTRAINT]) if len(listed) == 1 else f"{row[CONSTRAINT]}: {name}"
-        label = _title(label, str(row["setting"]))
+        label = titled(label, str(row["setting"]))
         for quantity in TIGHTNESS:
             value = row.get(f"{METRIC}constraint/{name}/{quantity}")
             if isinstance(value, (int, float)) and value == value:
@@ -277,13 +279,5 @@ def _bindings(row: Mapping[str, object]) -> list[tuple[str, str, str, float]]:
     return found
 
 
-def _where(row: Mapping[str, object]) -> str:
-    return _title(str(row["constraint"]), str(row["setting"]))
-
-
-def _title(what: str, setting: str) -> str:
-    return f"{what} · {setting}" if setting else what
-
-
-def _said(row: Mapping[str, object], settings: Sequence[str]) -> str:
+def _set_to(row: Mapping[str, object], settings: Sequence[str]) -> str:
     return ", ".join(f"{name} {text(row[name])}" for name in settings if text(row[name]))

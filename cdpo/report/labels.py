@@ -23,6 +23,7 @@ NUMERICAL = (  # keys of trainer that change numbers by rounding at most
 WITHOUT = ("loss.", "restart", "allow_targets", "task", *FREE)
 LEVELS = ("rank", "radius", "strength", "budget", "k", "fraction", "p", "step", "kl", "train_last_layers", "patience")
 LOSS, CONSTRAINT = "loss_label", "constraint_label"
+NO_NUMBER = "–"  # where a table has none
 
 
 @dataclass(frozen=True)
@@ -192,3 +193,17 @@ def _settings(words: pd.DataFrame) -> list[str]:
         if column not in seeds and words.groupby([CONSTRAINT, *kept])[column].nunique().max() > 1:
             kept.append(column)
     return kept
+
+
+def number(value: Any, error: Any = None, digits: int = 3) -> str:
+    """`0.123 ± 0.004`; without a standard error where there is none, and zero without a sign."""
+    if is_null(value):
+        return NO_NUMBER
+    rounded = f"{float(value):.{digits}f}"
+    rounded = rounded.lstrip("-") if float(rounded) == 0 else rounded
+    return rounded if is_null(error) else f"{rounded} ± {float(error):.{digits}f}"
+
+
+def titled(what: object, setting: object) -> str:
+    """`l2_ball · radius 0.1`: a loss or constraint with what varies of its settings."""
+    return f"{what} · {setting}" if setting else str(what)

@@ -167,11 +167,6 @@ def line(axes: Axes, points: Sequence[tuple[float, float, float]], look: Look, l
         axes.errorbar(x, mean, yerr=spread, label=label, capsize=2, elinewidth=0.8, **look.line() | marks)
 
 
-def number(value: float) -> str:
-    """Three decimals, zero without a sign."""
-    return f"{value:.3f}".replace("-0.000", "0.000")
-
-
 def heat(axes: Axes, values: pd.DataFrame, texts: pd.DataFrame, low: float, high: float) -> None:
     """A table as colours between `low` and `high`, with texts of the same shape written in; – for NaN."""
     palette = seaborn.color_palette("flare", as_cmap=True)

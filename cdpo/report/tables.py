@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cdpo.report.gap import MEASURES, SLACK
-from cdpo.report.labels import is_null, text
+from cdpo.report.labels import NO_NUMBER, is_null, number, text
 from cdpo.report.runs import DONE, METRIC
 
 if TYPE_CHECKING:
     import pandas as pd
 
-NO_NUMBER = "–"
 AT_NORM = "†"  # compared at equal norm
 WORDS = ("constraint", "loss", "setting", "directory", "state", "cause", "command")  # columns set flush left
 LITERAL = ("directory", "command")  # columns set as code
@@ -40,15 +39,6 @@ class Table:
     folded: bool = False
     words: Sequence[str] = WORDS
     literal: Sequence[str] = LITERAL
-
-
-def number(value: Any, error: Any = None, digits: int = 3) -> str:
-    """`0.123 ± 0.004`; without a standard error where there is none, and zero without a sign."""
-    if is_null(value):
-        return NO_NUMBER
-    rounded = f"{float(value):.{digits}f}"
-    rounded = rounded.lstrip("-") if float(rounded) == 0 else rounded
-    return rounded if is_null(error) else f"{rounded} ± {float(error):.{digits}f}"
 
 
 def short(value: Any, error: Any = None) -> str:
