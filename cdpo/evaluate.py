@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,23 +31,23 @@ def add_pair_metrics(means: Means, logps: Logps, statistics: Statistics, beta: f
     `chosen` is the response preferred with p >= 1/2; where p is 1/2, and for logits, the order is the data's. Logits
     and the entropy of the next-token distribution (nats) are averaged over response tokens, then pairs.
     """
-    chosen, rejected = logps.chosen_first().pairs.unbind(1)
-    policy, ratio = logps.policy.detach(), logps.log_ratio().detach()
-    margin = ratio[chosen] - ratio[rejected]
+    logps = replace(logps, policy=logps.policy.detach())  # nothing here is for a gradient
+    of_response = torch.stack([beta * logps.log_ratio(), logps.policy, logps.policy / logps.length])
+    chosen, rejected = of_response[:, logps.chosen_first().pairs].unbind(2)  # [3, P] each
     per_pair = {
-        "rewards/chosen": beta * ratio[chosen],
-        "rewards/rejected": beta * ratio[rejected],
-        "rewards/margins": beta * margin,
+        "rewards/chosen": chosen[0],
+        "rewards/rejected": rejected[0],
+        "rewards/margins": chosen[0] - rejected[0],
         "rewards/accuracies": correct(logps),
-        "logps/chosen": policy[chosen],
-        "logps/rejected": policy[rejected],
-        "logps_mean/chosen": policy[chosen] / logps.length[chosen],
-        "logps_mean/rejected": policy[rejected] / logps.length[rejected],
+        "logps/chosen": chosen[1],
+        "logps/rejected": rejected[1],
+        "logps_mean/chosen": chosen[2],
+        "logps_mean/rejected": rejected[2],
     }
     per_pair |= dict(zip(("logits/chosen", "logits/rejected"), logps.of_pairs(statistics.logit)))
     means.add_all(per_pair, logps.weight)
     means.add("entropy", statistics.entropy, logps.length)
-    means.add("kl/candidates", candidate_kl(logps).detach())
+    means.add("kl/candidates", candidate_kl(logps))
 
 
 def add_log_ratio(means: Means, logps: Logps) -> None:
