@@ -152,10 +152,10 @@ def register() -> None:
 
 
 def register_for_compiled_layers() -> None:
-    """The same, left out of what is compiled: trees have other sizes in every batch."""
+    """The same, left out of what is compiled: trees have other sizes in every batch. flex_attention still is."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, torch.compiler.disable(tree_attention, recursive=False))
+    AttentionInterface.register(NAME, torch.compiler.disable(tree_attention))
 
 
 @contextlib.contextmanager

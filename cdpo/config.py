@@ -32,6 +32,7 @@ FREE = (
 )  # fmt: skip
 
 
+BUDGET = "trainer.tokens_per_micro_batch"
 ENOUGH = 4096  # tokens of a micro-batch: its matrix products are large enough, and more would only take memory
 
 
@@ -224,6 +225,8 @@ def trajectory(composed: Mapping[str, Any]) -> dict[str, Any]:
     """What determines the numbers of a run: every key but the free ones, dotted."""
     keys = flat({k: v for k, v in composed.items() if k != "hydra"})
     keys["constraint"] = list(composed["constraint"])  # several act one after another: their order counts
+    if keys.get(BUDGET, ENOUGH) is None:
+        keys[BUDGET] = ENOUGH  # which it is, where a GPU does not force another
     return {k: v for k, v in keys.items() if not any(k == free or k.startswith(f"{free}.") for free in FREE)}
 
 

@@ -22,6 +22,8 @@ from cdpo.files import read_json, redact, remove, sha256, sweep, write_atomic, w
 
 log = logging.getLogger(__name__)
 
+MICRO_BATCH = "micro_batch.json"  # tokens for which a GPU had room, when the run began
+
 
 def begin(composed: dict[str, Any], folder: Path, files: dict[str, Any], command: str) -> dict[str, Any] | None:
     """The summary of a run that is finished; else write down what is about to run."""
@@ -29,8 +31,9 @@ def begin(composed: dict[str, Any], folder: Path, files: dict[str, Any], command
     _same_run(composed, folder)
     if _state(folder) in ("finished", "stopped_early"):
         return read_json(folder / "summary.json")  # type: ignore[no-any-return]
-    if latest_step(folder / "checkpoints") < 0:  # nothing was trained: the reference may be another one
-        remove(folder / "reference.safetensors")
+    if latest_step(folder / "checkpoints") < 0:  # nothing was trained: these may be other ones
+        for name in ("reference.safetensors", MICRO_BATCH):
+            remove(folder / name)
     for name, content in (files | {"inputs.json": _inputs(composed)}).items():
         write_json(folder / name, content)
     write_atomic(folder / "command.txt", command + "\n")

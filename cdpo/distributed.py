@@ -239,9 +239,14 @@ def _end() -> None:
     """End the process group and its threads: one that still runs when the interpreter ends aborts the process."""
     dist.destroy_process_group()
     while _MESHES:
-        _MESHES.pop()._pg_registry.clear()  # torch's caches of shardings keep the mesh, and it keeps the group
-    atexit.unregister(gc.collect)
-    atexit.register(gc.collect)  # so does a sharded model, which may be in the frames of an error until then
+        registry = getattr(_MESHES.pop(), "_pg_registry", {})  # torch 2.10 has none
+        registry.clear()  # torch's caches of shardings keep the mesh, and it keeps the group
+    atexit.unregister(_collect)
+    atexit.register(_collect)  # so does a sharded model, which may be in the frames of an error until then
+
+
+def _collect() -> None:
+    gc.collect()
 
 
 @cache

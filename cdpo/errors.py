@@ -27,6 +27,12 @@ class NumericsError(CdpoError, ArithmeticError):
     exit_code = 4
 
 
+class DeviceFull(CdpoError, RuntimeError):
+    """The device's memory does not hold what a step needs; the message says what would take less."""
+
+    exit_code = 2
+
+
 class RankLost(CdpoError, RuntimeError):
     """Another rank of this run died, or does not answer; its own message says why."""
 

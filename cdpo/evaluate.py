@@ -18,6 +18,7 @@ from cdpo.metrics import Means
 from cdpo.objective import attained, objective
 from cdpo.objective import means as mean_objective
 from cdpo.reference import Scored, with_constants
+from cdpo.switches import uncompiled
 
 if TYPE_CHECKING:
     from cdpo.batch import Batch, Logps
@@ -180,7 +181,8 @@ def generations(policy: Any, scored: Scored, count: int, tokens: int, seed: int)
 
     devices = [scored.device] if scored.device.type == "cuda" else []
     policy.eval()
-    with torch.random.fork_rng(devices=devices), ordinary_attention(policy), torch.no_grad():
+    plain = ordinary_attention(policy), uncompiled(policy)
+    with torch.random.fork_rng(devices=devices), plain[0], plain[1], torch.no_grad():
         torch.manual_seed(seed)
         for item in scored.items[:count]:
             prompt = torch.tensor([item.prompt], device=scored.device)

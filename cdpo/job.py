@@ -10,7 +10,6 @@ import os
 import time
 import warnings
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from cdpo.bradley_terry import add_fitted
 from cdpo.checks import read
 from cdpo.constraints.dropout import Dropout
 from cdpo.constraints.freeze import decoder_layers
-from cdpo.directory import begin, status
+from cdpo.directory import MICRO_BATCH, begin, status
 from cdpo.distributed import Ranks, shard, started, whole_tree
 from cdpo.engine import fit
 from cdpo.errors import ConfigError, DataError, Preempted
@@ -33,7 +32,7 @@ from cdpo.files import write_json
 from cdpo.lock import locked
 from cdpo.logps import one_by_one
 from cdpo.losses.candidates import OnCandidates
-from cdpo.memory import explained, outline, tokens_that_fit
+from cdpo.memory import explained, outline, sized
 from cdpo.model import check_lengths, export
 from cdpo.preemption import Signals
 from cdpo.progress import Progress
@@ -111,7 +110,12 @@ def _run(
     *items, rates = tokens(spec, data, tokenizer, folder, often, ranks, _cache(spec, folder, "tokens"))
     interruptible()
     accelerator = _accelerator(spec.trainer)
-    spec = replace(spec, trainer=_sized(spec.trainer, composed, tokenizer, data, accelerator.device, ranks))
+
+    def skeleton() -> Any:  # with constraints of its own, as they wrap a model that is thrown away
+        return outline(read(composed), tokenizer, data)
+
+    room = folder / MICRO_BATCH
+    trainer = sized(spec.trainer, spec.optimizer.states, skeleton, room, accelerator.device, ranks)
     policy = spec.model.load(tokenizer, data)
     prepared = _sharded if ranks.sharded else _prepared
     with explained(spec.trainer.budget):
@@ -119,30 +123,17 @@ def _run(
     if ranks.rank:
         set_seed((spec.draw + 7_919 * ranks.rank) % 2**31)  # dropout draws anew on every rank
     training = Run(
-        policy, tokenizer, train, held_out, spec.loss, spec.constraint, spec.optimizer, spec.trainer,
+        policy, tokenizer, train, held_out, spec.loss, spec.constraint, spec.optimizer, trainer,
         spec.beta, spec.draw, folder, accelerator, signals, spec.logger, composed, group, rates, ranks,
     )  # fmt: skip
     waited = time.monotonic() - began
     log.info("training begins %.1f s after the start of the run", waited)
-    with explained(spec.trainer.budget):
+    with explained(trainer.budget):
         state = fit(training)
     if ranks.sharded:
         policy = _unsharded(training, spec, data)
     ranks.from_first(lambda: export(policy, tokenizer, folder / "model"))
     return _summary(training, state, {"reference": source, "seconds_before_training": waited}, folder)
-
-
-def _sized(
-    trainer: config.Trainer, composed: dict[str, Any], tokenizer: Any, data: Data, device: torch.device, ranks: Ranks
-) -> config.Trainer:
-    """With micro-batches for which the GPU has room, the same on all ranks; elsewhere as it is."""
-    if trainer.tokens_per_micro_batch or device.type != "cuda":
-        return trainer
-    spec = read(composed)  # constraints of its own: these wrap a model that is thrown away
-    memory = torch.cuda.get_device_properties(device).total_memory
-    shards = ranks.size if ranks.sharded else 1
-    tokens = tokens_that_fit(outline(spec, tokenizer, data), spec.optimizer.states, memory, shards)
-    return replace(trainer, tokens_per_micro_batch=min(ranks.gather(tokens)))
 
 
 def _other(spec: config.Config, folder: Path, interruptible: Any) -> dict[str, Any]:
@@ -289,8 +280,9 @@ def _scored(
             interruptible()
             bar.update(done)
 
-        budget, own = spec.trainer.budget, folder / "reference.safetensors"
-        source = add_reference(policy, whole, budget, own, on_batch, _cache(spec, folder, "reference"), ranks)
+        # with the number of the config: the reference is one for all constraints, however much room they leave
+        own, shared = folder / "reference.safetensors", _cache(spec, folder, "reference")
+        source = add_reference(policy, whole, spec.trainer.budget, own, on_batch, shared, ranks)
     log.info("reference: %s (%d Items, %.1f s)", source, len(items), time.monotonic() - began)
     n, m = len(train_items), len(train_items) + len(held_out_items)
     train = Scored(train_items, padded, accelerator.device, whole.reference[:n])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +15,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from cdpo.change import Change
-from cdpo.config import ENOUGH, Config
-from cdpo.errors import ConfigError
+from cdpo.config import ENOUGH, Config, Trainer
+from cdpo.constraints.freeze import decoder_layers
+from cdpo.distributed import Ranks
+from cdpo.errors import ConfigError, DeviceFull
+from cdpo.files import read_json, write_json
 from cdpo.head import CHUNK
 from cdpo.switches import check_switches, switched
+
+log = logging.getLogger(__name__)
 
 LEAST = 256  # tokens of a micro-batch
 SHARE = 0.7  # of the memory that is free beside what lasts; the rest for what backward passes make and give back
@@ -46,8 +53,19 @@ def lasting(policy: Any, states: int) -> int:
 def per_token(policy: Any) -> float:
     """Bytes that a forward pass keeps of each token for the backward pass, all but the head's logits.
 
-    Measured, not looked up: `policy` may be a skeleton without weights, and adapters or checkpointing count as they do.
+    Measured, not looked up: `policy` may be a skeleton without weights, and adapters count as they do. Where layers are
+    checkpointed, what one of them keeps comes on top: the backward pass computes it again.
     """
+    kept = _kept(policy)
+    if not getattr(policy, "is_gradient_checkpointing", False):
+        return kept
+    policy.gradient_checkpointing_disable()
+    again = _kept(policy) / len(decoder_layers(policy))
+    policy.gradient_checkpointing_enable({"use_reentrant": False})
+    return kept + again
+
+
+def _kept(policy: Any) -> float:
     lasts = {StorageWeakRef(p.untyped_storage()) for p in (*policy.parameters(), *policy.buffers())}
     kept: dict[StorageWeakRef, int] = {}
 
@@ -64,26 +82,56 @@ def per_token(policy: Any) -> float:
     return sum(kept.values()) / PROBE
 
 
-def tokens_that_fit(policy: Any, states: int, memory: int, shards: int = 1) -> int:
+def tokens_that_fit(policy: Any, states: int, memory: int, shards: int = 1, autocast: bool = False) -> int:
     """Tokens of a micro-batch on a device of so many bytes: the largest power of two, up to ENOUGH and at least LEAST.
 
-    Depends on shapes and sizes only, so a run that resumes on the same kind of device finds the same.
+    With `autocast` the weights in 32 bits have copies in 16.
     """
-    free = SHARE * (memory - lasting(policy, states) / shards - 2 * CHUNK)
-    tokens = ENOUGH
-    while tokens > LEAST and tokens * per_token(policy) > free:
+    copies = sum(2 * p.numel() for p in policy.parameters() if p.dtype == torch.float32) if autocast else 0
+    free = SHARE * (memory - (lasting(policy, states) + copies) / shards - 2 * CHUNK)
+    each, tokens = per_token(policy), ENOUGH
+    while tokens > LEAST and tokens * each > free:
         tokens //= 2
     return tokens
 
 
+def sized(
+    trainer: Trainer, states: int, skeleton: Callable[[], Any], room: Path, device: torch.device, ranks: Ranks
+) -> Trainer:
+    """With micro-batches for which the GPU has room, the same on all ranks and, by the file `room`, after a resume.
+
+    Elsewhere, and where a number is set, as it is. `skeleton` makes the policy's outline.
+    """
+    if trainer.tokens_per_micro_batch or device.type != "cuda":
+        return trainer
+    known = ranks.from_first(lambda: read_json(room)["tokens"] if room.is_file() else None)
+    tokens = known or min(ranks.gather(_room(trainer, states, skeleton, device, ranks.size if ranks.sharded else 1)))
+    ranks.from_first(lambda: write_json(room, {"tokens": tokens}))
+    log.info("micro-batches of at most %d tokens, by the GPU's memory", tokens)
+    return replace(trainer, tokens_per_micro_batch=tokens)
+
+
+def _room(trainer: Trainer, states: int, skeleton: Callable[[], Any], device: torch.device, shards: int) -> int:
+    """Tokens for which this GPU has room; ENOUGH, with a warning, where a model cannot be asked without weights."""
+    memory = torch.cuda.get_device_properties(device).total_memory
+    try:
+        return tokens_that_fit(skeleton(), states, memory, shards, trainer.autocast)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever an architecture cannot do without weights, it can with them
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        log.warning("this model does not say what a token takes (%s): micro-batches of %d tokens", reason, ENOUGH)
+        return ENOUGH
+
+
 @contextmanager
 def explained(tokens: int) -> Iterator[None]:
-    """Turns a full device into a ConfigError that says what to change."""
+    """Turns torch's OutOfMemoryError into a DeviceFull that says what to change."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise ConfigError(
+        raise DeviceFull(
             f"the device's memory is full, with micro-batches of {tokens} tokens: lower "
             "trainer.tokens_per_micro_batch, set trainer.gradient_checkpointing=true, train a LoRA, or share the "
-            f"weights among ranks (trainer.distributed=fsdp). {str(error).splitlines()[0]}"
+            f"weights among ranks (trainer.distributed=fsdp). {str(error).partition(chr(10))[0]}"
         ) from error

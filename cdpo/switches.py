@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from cdpo.attention import register_for_compiled_layers
@@ -28,3 +30,16 @@ def switched(policy: Any, trainer: Trainer) -> Any:
         for layer in decoder_layers(policy):
             layer.compile(dynamic=True)
     return policy
+
+
+@contextmanager
+def uncompiled(policy: Any) -> Iterator[None]:
+    """Within the block layers run as they are: sampling would compile them anew for each length of its cache."""
+    compiled = {module: module._compiled_call_impl for module in policy.modules() if module._compiled_call_impl}
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
