@@ -32,7 +32,7 @@ from cdpo.files import write_json
 from cdpo.lock import locked
 from cdpo.logps import one_by_one
 from cdpo.losses.candidates import OnCandidates
-from cdpo.memory import explained, outline, sized
+from cdpo.memory import explained, sized
 from cdpo.model import check_lengths, export
 from cdpo.preemption import Signals
 from cdpo.progress import Progress
@@ -110,12 +110,7 @@ def _run(
     *items, rates = tokens(spec, data, tokenizer, folder, often, ranks, _cache(spec, folder, "tokens"))
     interruptible()
     accelerator = _accelerator(spec.trainer)
-
-    def skeleton() -> Any:  # with constraints of its own, as they wrap a model that is thrown away
-        return outline(read(composed), tokenizer, data)
-
-    room = folder / MICRO_BATCH
-    trainer = sized(spec.trainer, spec.optimizer.states, skeleton, room, accelerator.device, ranks)
+    trainer = sized(read(composed), tokenizer, data, folder / MICRO_BATCH, accelerator.device, ranks)
     policy = spec.model.load(tokenizer, data)
     prepared = _sharded if ranks.sharded else _prepared
     with explained(spec.trainer.budget):

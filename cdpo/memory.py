@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -95,27 +95,28 @@ def tokens_that_fit(policy: Any, states: int, memory: int, shards: int = 1, auto
     return tokens
 
 
-def sized(
-    trainer: Trainer, states: int, skeleton: Callable[[], Any], room: Path, device: torch.device, ranks: Ranks
-) -> Trainer:
-    """With micro-batches for which the GPU has room, the same on all ranks and, by the file `room`, after a resume.
+def sized(spec: Config, tokenizer: Any, data: Any, room: Path, device: torch.device, ranks: Ranks) -> Trainer:
+    """`spec.trainer` with micro-batches for which the GPU has room; elsewhere, and where a number is set, as it is.
 
-    Elsewhere, and where a number is set, as it is. `skeleton` makes the policy's outline.
+    The same on all ranks and, by the file `room`, after a resume. The constraints of `spec` wrap a model that is thrown
+    away, so they must not be those of the run.
     """
+    trainer = spec.trainer
     if trainer.tokens_per_micro_batch or device.type != "cuda":
         return trainer
     known = ranks.from_first(lambda: read_json(room)["tokens"] if room.is_file() else None)
-    tokens = known or min(ranks.gather(_room(trainer, states, skeleton, device, ranks.size if ranks.sharded else 1)))
+    tokens = known or min(ranks.gather(_room(spec, tokenizer, data, device, ranks.size if ranks.sharded else 1)))
     ranks.from_first(lambda: write_json(room, {"tokens": tokens}))
     log.info("micro-batches of at most %d tokens, by the GPU's memory", tokens)
     return replace(trainer, tokens_per_micro_batch=tokens)
 
 
-def _room(trainer: Trainer, states: int, skeleton: Callable[[], Any], device: torch.device, shards: int) -> int:
+def _room(spec: Config, tokenizer: Any, data: Any, device: torch.device, shards: int) -> int:
     """Tokens for which this GPU has room; ENOUGH, with a warning, where a model cannot be asked without weights."""
     memory = torch.cuda.get_device_properties(device).total_memory
     try:
-        return tokens_that_fit(skeleton(), states, memory, shards, trainer.autocast)
+        policy = outline(spec, tokenizer, data)
+        return tokens_that_fit(policy, spec.optimizer.states, memory, shards, spec.trainer.autocast)
     except ConfigError:
         raise
     except Exception as error:  # whatever an architecture cannot do without weights, it can with them

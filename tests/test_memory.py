@@ -130,8 +130,10 @@ def gpu(monkeypatch, gib):
 
 
 def sized(folder, trainer=None, ranks=ALONE, device="cuda", skeleton=small):
-    trainer = trainer or Trainer()
-    return memory.sized(trainer, 2, skeleton, folder / "room.json", torch.device(device), ranks).tokens_per_micro_batch
+    model, adamw = SimpleNamespace(skeleton=lambda *_: skeleton(), load=None), SimpleNamespace(states=2)
+    spec = SimpleNamespace(trainer=trainer or Trainer(), model=model, optimizer=adamw, constraint={})
+    found = memory.sized(spec, None, None, folder / "room.json", torch.device(device), ranks)
+    return found.tokens_per_micro_batch
 
 
 def test_a_gpu_decides_where_no_number_is_set(tmp_path, monkeypatch):
@@ -184,7 +186,7 @@ def test_an_outline_is_checkpointed_as_the_run_is(tmp_path):
 
 
 def test_a_run_trains_with_the_number_and_asks_the_reference_with_the_configs(tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "sized", lambda trainer, *rest: replace(trainer, tokens_per_micro_batch=64))
+    monkeypatch.setattr(job, "sized", lambda spec, *rest: replace(spec.trainer, tokens_per_micro_batch=64))
     seen = {}
 
     def fit(run):
