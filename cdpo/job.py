@@ -110,7 +110,7 @@ def _run(
     *items, rates = tokens(spec, data, tokenizer, folder, often, ranks, _cache(spec, folder, "tokens"))
     interruptible()
     accelerator = _accelerator(spec.trainer)
-    trainer = sized(read(composed), tokenizer, data, folder / MICRO_BATCH, accelerator.device, ranks)
+    trainer = sized(spec, tokenizer, data, folder / MICRO_BATCH, accelerator.device, ranks)
     policy = spec.model.load(tokenizer, data)
     prepared = _sharded if ranks.sharded else _prepared
     with explained(spec.trainer.budget):

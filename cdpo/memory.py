@@ -98,8 +98,7 @@ def tokens_that_fit(policy: Any, states: int, memory: int, shards: int = 1, auto
 def sized(spec: Config, tokenizer: Any, data: Any, room: Path, device: torch.device, ranks: Ranks) -> Trainer:
     """`spec.trainer` with micro-batches for which the GPU has room; elsewhere, and where a number is set, as it is.
 
-    The same on all ranks and, by the file `room`, after a resume. The constraints of `spec` wrap a model that is thrown
-    away, so they must not be those of the run.
+    The same on all ranks and, by the file `room`, after a resume.
     """
     trainer = spec.trainer
     if trainer.tokens_per_micro_batch or device.type != "cuda":

@@ -33,7 +33,10 @@ class Constraint:
         return ""
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Change the policy before training: adapters, freezing. At step 0 it still equals the reference."""
+        """Change the policy before training: adapters, freezing. At step 0 it still equals the reference.
+
+        Wraps a model without weights too, before the real one, where memory is worked out: keep nothing of it.
+        """
         return model
 
     def begin(self, model: nn.Module, change: Change) -> None:
