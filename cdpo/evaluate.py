@@ -91,16 +91,10 @@ class Evaluation:
 
 
 def evaluate(
-    policy: nn.Module,
-    scored: Scored,
-    loss: Any,
-    betas: tuple[float, float],
-    measured: Callable[[Batch], tuple[Tensor, Statistics]],
-    budget: int,
-    ranks: Ranks,
-    on_batch: Callable[[], None],
-    context: dict[str, Any],
-) -> Evaluation:
+    policy: nn.Module, scored: Scored, loss: Any, betas: tuple[float, float],
+    measured: Callable[[Batch], tuple[Tensor, Statistics]], budget: int, ranks: Ranks,
+    on_batch: Callable[[], None], context: dict[str, Any],
+) -> Evaluation:  # fmt: skip
     """Means over all Items in eval mode, named eval/...; `on_batch` is called between batches and may raise.
 
     The batches are dealt to the ranks; all ranks then make the same of all log-probs, as one process would.
@@ -181,8 +175,8 @@ def generations(policy: Any, scored: Scored, count: int, tokens: int, seed: int)
 
     devices = [scored.device] if scored.device.type == "cuda" else []
     policy.eval()
-    plain = ordinary_attention(policy), uncompiled(policy)
-    with torch.random.fork_rng(devices=devices), plain[0], plain[1], torch.no_grad():
+    state = torch.random.fork_rng(devices=devices)
+    with state, ordinary_attention(policy), uncompiled(policy), torch.no_grad():
         torch.manual_seed(seed)
         for item in scored.items[:count]:
             prompt = torch.tensor([item.prompt], device=scored.device)

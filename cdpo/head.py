@@ -67,8 +67,7 @@ class _LogProbs(torch.autograd.Function):
             if statistics:
                 first += z.sum(-1)
             before, top = top, torch.maximum(top, z.amax(-1))
-            rescale: Tensor = (before - top).exp_()
-            rescale.masked_fill_(top == -torch.inf, 0)  # every logit so far is -inf
+            rescale = (before - top).exp_().masked_fill_(top == -torch.inf, 0)  # 0 where every logit so far is -inf
             shift = top.masked_fill(top == -torch.inf, 0)
             if statistics:
                 dot = dot.mul_(rescale).add_(_exp_and_dot(z, shift))

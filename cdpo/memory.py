@@ -21,7 +21,7 @@ from cdpo.distributed import Ranks
 from cdpo.errors import ConfigError, DeviceFull
 from cdpo.files import read_json, write_json
 from cdpo.head import CHUNK
-from cdpo.switches import check_switches, switched
+from cdpo.switches import check_switches, checkpoint_layers
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,9 @@ def outline(spec: Config, tokenizer: Any, data: Any) -> Any:
     for constraint in spec.constraint.values():
         policy = constraint.wrap(policy)
     check_switches(policy, spec.trainer)
-    return switched(policy, replace(spec.trainer, compile=False))
+    if spec.trainer.gradient_checkpointing:
+        checkpoint_layers(policy)
+    return policy
 
 
 def lasting(policy: Any, states: int) -> int:
@@ -61,7 +63,7 @@ def per_token(policy: Any) -> float:
         return kept
     policy.gradient_checkpointing_disable()
     again = _kept(policy) / len(decoder_layers(policy))
-    policy.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(policy)
     return kept + again
 
 

@@ -20,11 +20,16 @@ def check_switches(policy: Any, trainer: Trainer) -> None:
         decoder_layers(policy)
 
 
+def checkpoint_layers(policy: Any) -> None:
+    """Let each layer keep its input only, from which the backward pass computes the rest again."""
+    policy.gradient_checkpointing_enable({"use_reentrant": False})
+
+
 def switched(policy: Any, trainer: Trainer) -> Any:
     """The policy with what saves memory or time."""
     check_switches(policy, trainer)
     if trainer.gradient_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(policy)
     if trainer.compile:  # layer by layer: one compilation serves all, and the head keeps to its slices
         register_for_compiled_layers()
         for layer in decoder_layers(policy):
