@@ -21,6 +21,8 @@ def read(composed: dict[str, Any]) -> config.Config:
     check(spec.constraint, lbfgs=spec.optimizer.full_batch, fsdp=spec.trainer.distributed == "fsdp")
     if spec.trainer.distributed == "fsdp":
         _check_fsdp(spec)
+    if spec.trainer.compile and isinstance(spec.model, Tabular):
+        raise ConfigError("model=tabular has no decoder layers, which trainer.compile needs; set it to false")
     return spec
 
 

@@ -234,7 +234,7 @@ def _sharded(
         before = one_by_one(policy, [witness])
     policy = _constrained(policy, spec)
     adapters = {p for name, p in policy.named_parameters() if "lora_" in name}  # small: whole on every rank, as in ddp
-    shard(policy, decoder_layers(policy), adapters, accelerator.device)
+    shard(policy, decoder_layers(policy, "trainer.distributed=fsdp needs; use ddp"), adapters, accelerator.device)
     train, held_out, source = _scored(policy, items, spec, accelerator, folder, interruptible, ranks)
     with accelerator.autocast():
         check_loaded(policy, witness, before, train)

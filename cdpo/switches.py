@@ -17,7 +17,7 @@ def check_switches(policy: Any, trainer: Trainer) -> None:
     if trainer.gradient_checkpointing and not getattr(policy, "supports_gradient_checkpointing", False):
         raise ConfigError("trainer.gradient_checkpointing: this model does not support it; set it to false")
     if trainer.compile:
-        decoder_layers(policy)
+        decoder_layers(policy, "trainer.compile needs; set it to false")
 
 
 def checkpoint_layers(policy: Any) -> None:

@@ -23,14 +23,11 @@ def keep_only(model: nn.Module, names: set[str]) -> int:
     return sum(parameter.numel() for parameter in frozen)
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The stack of decoder layers. ConfigError if the model has none."""
+def decoder_layers(model: nn.Module, wanted: str = "this setting needs") -> nn.ModuleList:
+    """The stack of decoder layers. ConfigError if the model has none, with what `wanted` them and what to change."""
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     if not stacks:
-        raise ConfigError(
-            "this model has no decoder layers, which train_last_layers (use patterns), trainer.distributed=fsdp (use "
-            "ddp) and trainer.compile need"
-        )
+        raise ConfigError(f"this model has no decoder layers, which {wanted}")
     return max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
 
 
@@ -84,7 +81,7 @@ class Freeze(Constraint):
 
     @staticmethod
     def _last_layers(model: nn.Module, count: int) -> set[str]:
-        layers = decoder_layers(model)
+        layers = decoder_layers(model, "train_last_layers needs; use patterns")
         if count > len(layers):
             raise ConfigError(f"train_last_layers={count}, but the model has {len(layers)} layers")
         trained = {id(parameter) for layer in layers[-count:] for parameter in layer.parameters()}
