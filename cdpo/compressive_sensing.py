@@ -24,8 +24,8 @@ from scipy.optimize import linprog
 from scipy.stats import binomtest
 
 from cdpo.errors import ConfigError, NumericsError
-from cdpo.files import write_atomic
-from cdpo.progress import Progress
+from cdpo.system.files import write_atomic
+from cdpo.system.progress import Progress
 
 Array = NDArray[np.float64]
 LOOKS = {"l1": ("#0072b2", "o"), "fixed": ("#d55e00", "s"), "annealed": ("#009e73", "^")}  # safe for colour-blind eyes

@@ -24,11 +24,11 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from cdpo import config
-from cdpo.compose import composed_of, task_of
+from cdpo.config import read as config
+from cdpo.config.compose import composed_of, task_of
 from cdpo.errors import CdpoError, ConfigError, DiskError, Preempted, rank_0_says
-from cdpo.rendezvous import place
-from cdpo.sweep import ALONE, OUTCOMES, Outcome, Task, done, end, failure, forget, sweeps
+from cdpo.sweep.tasks import ALONE, OUTCOMES, Outcome, Task, done, end, failure, forget, sweeps
+from cdpo.system.rendezvous import place
 
 
 @hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")
@@ -47,7 +47,7 @@ def _job(cfg: DictConfig) -> None:
         if cfg.dry_run:
             _dry_run(task, composed)
             return
-        from cdpo.job import run
+        from cdpo.training.job import run
 
         summary = run(composed, task.directory, task.command, task.group, task.choices)
     except Exception as error:
@@ -59,14 +59,14 @@ def _job(cfg: DictConfig) -> None:
 
 
 def _dry_run(task: Task, composed: dict[str, Any]) -> None:
-    from cdpo.estimate import estimate, show, state_of
+    from cdpo.sweep.estimate import estimate, show, state_of
 
     show([(task, estimate(composed, {}), state_of(task.directory))])
     forget(task.directory)
 
 
 def _show(summary: dict[str, Any], folder: Path) -> None:
-    from cdpo.progress import summary_table
+    from cdpo.system.progress import summary_table
 
     names = (
         "objective/attained",

@@ -7,10 +7,10 @@ import random
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
-from cdpo import attention
+from cdpo.model import attention
 from cdpo.batch import Item, Pair
-from cdpo.model import HuggingFace, Tiny
-from cdpo.rows import Data, Ledger
+from cdpo.model.pretrained import HuggingFace, Tiny
+from cdpo.data.rows import Data, Ledger
 
 VOCABULARY = 258  # bytes, an end and a pad
 POSITIONS = 64

@@ -7,7 +7,8 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from cdpo import config, train  # noqa: F401  # train registers the resolvers
+from cdpo import train  # noqa: F401  # train registers the resolvers
+from cdpo.config import read as config  # noqa: F401  # train registers the resolvers
 
 
 def composed(*overrides: str) -> dict[str, Any]:

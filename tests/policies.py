@@ -18,8 +18,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from cdpo.change import Change
-from cdpo.tabular import TabularConfig, TabularForCausalLM
+from cdpo.model.change import Change
+from cdpo.model.tabular import TabularConfig, TabularForCausalLM
 
 VOCABULARY = 24
 NO_SPECIAL = {"bos_token_id": None, "eos_token_id": None}

@@ -26,8 +26,8 @@ def together(jobs: list[dict[str, Any]], folder: Path, ranks: int = 2, timeout: 
 
 
 def _do(job: dict[str, Any]) -> None:
-    from cdpo import engine
-    from cdpo import job as jobs
+    from cdpo.training import loop as engine
+    from cdpo.training import job as jobs
     from cdpo.errors import CdpoError
 
     real = engine._add_up

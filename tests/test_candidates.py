@@ -15,14 +15,15 @@ from composing import composed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cdpo import config, job
+from cdpo.config import read as config
+from cdpo.training import job
 from cdpo.batch import Item, Logps, Pair
-from cdpo.bradley_terry import add_fitted, fit
+from cdpo.data.bradley_terry import add_fitted, fit
 from cdpo.errors import ConfigError, DataError
-from cdpo.losses import per_unit
+from cdpo.losses.loss import per_unit
 from cdpo.losses.candidates import RLHF, OnPolicyRegression
-from cdpo.objective import attained, means, objective
-from cdpo.worlds import Bandit
+from cdpo.measure.objective import attained, means, objective
+from cdpo.data.bandit import Bandit
 
 SIZES = (2, 5, 3)  # candidates of each Item
 EXACT = ("model=tabular", "optimizer=lbfgs", "logger=none", "beta=1", "trainer.eval_every=1000")

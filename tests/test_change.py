@@ -7,7 +7,7 @@ import pytest
 import torch
 from policies import ALL, large_steps, make, moved, prepare
 
-from cdpo.change import Change
+from cdpo.model.change import Change
 from cdpo.constraints.lora import LoRA
 from cdpo.errors import ConfigError
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import nn
 
-from cdpo import checkpoint
-from cdpo.checkpoint import newest, rng_state, save, set_rng_state
+from cdpo.system import checkpoint
+from cdpo.system.checkpoint import newest, rng_state, save, set_rng_state
 from cdpo.errors import ConfigError, DiskError
 
 FILES = ("tensors.safetensors", "state.json", "manifest.json")
@@ -333,7 +333,7 @@ def test_a_failing_disk_leaves_the_older_checkpoint(tmp_path, monkeypatch, name,
 
 def test_no_room_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     save(tmp_path, 1, state_of(1), keep=1)
-    monkeypatch.setattr("cdpo.files.free_bytes", lambda path: 10)
+    monkeypatch.setattr("cdpo.system.files.free_bytes", lambda path: 10)
     monkeypatch.setattr(checkpoint, "_write", lambda *args: pytest.fail("began to write"))
     with pytest.raises(DiskError, match="need 84 bytes, have 10"):
         save(tmp_path, 2, state_of(2), keep=1)

@@ -8,7 +8,7 @@ import pytest
 from composing import composed
 from omegaconf import OmegaConf
 
-from cdpo import config
+from cdpo.config import read as config
 from cdpo.errors import ConfigError
 from cdpo.losses.pairwise import IPO
 
@@ -60,7 +60,7 @@ def test_trainer_section_has_the_keys_of_its_class():
         ({"loss": {"_target_": "cdpo.losses.pairwise.IPO", "tau": -1.0}}, "loss: tau"),
         ({"loss": {"_target_": "os.system"}}, "is not under cdpo."),
         ({"loss": {"_target_": "cdpo.losses.pairwise.torch.load"}}, "does not exist"),
-        ({"loss": {"_target_": "cdpo.config.importlib"}}, "is not a dataclass"),
+        ({"loss": {"_target_": "cdpo.config.read.importlib"}}, "is not a dataclass"),
         ({"loss": {"_target_": "cdpo.losses.combined.WPO", "loss": {"_target_": "os.system"}}}, "loss.loss._target_"),
     ],
 )

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from policies import large_steps, make, prepare
 
-from cdpo.constraints import check
+from cdpo.constraints.constraint import check
 from cdpo.constraints.bias_only import BiasOnly
 from cdpo.constraints.dropout import Dropout
 from cdpo.constraints.early_stop import EarlyStop

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cdpo.batch import Pair
-from cdpo.data import Jsonl, note, split
+from cdpo.data.sources import Jsonl, note, split
 from cdpo.errors import ConfigError, DataError
-from cdpo.rows import Ledger, Row
+from cdpo.data.rows import Ledger, Row
 
 ROOT = Path(__file__).parent.parent
 HH = ROOT / "../shared/data/hh-harmless-base-test.jsonl.gz"

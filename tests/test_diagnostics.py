@@ -12,9 +12,9 @@ import pytest
 import torch
 from composing import composed
 
-from cdpo import job
+from cdpo.training import job
 from cdpo.batch import Logps
-from cdpo.diagnostics import BINS, gaussian_view, histograms, quantiles, summarise
+from cdpo.measure.gaussian_view import BINS, gaussian_view, histograms, quantiles, summarise
 
 HH = Path(__file__).parents[1] / "../shared/data/hh-harmless-base-test.jsonl.gz"
 

@@ -10,11 +10,11 @@ import torch
 from composing import composed
 from sweeping import Sweeper
 
-from cdpo.config import read as read_config
+from cdpo.config.read import read as read_config
 from cdpo.errors import ConfigError
-from cdpo.estimate import estimate
-from cdpo.job import run
-from cdpo.model import HuggingFace
+from cdpo.sweep.estimate import estimate
+from cdpo.training.job import run
+from cdpo.model.pretrained import HuggingFace
 
 
 @pytest.mark.parametrize("constraint", ["none", "lora_r2", "freeze"])

@@ -10,10 +10,10 @@ import sys
 
 import pytest
 
-from cdpo import files
+from cdpo.system import files
 from cdpo.errors import ConfigError, DiskError
-from cdpo.files import read_json, redact, sweep, to_json, write_atomic, write_json
-from cdpo.lock import locked
+from cdpo.system.files import read_json, redact, sweep, to_json, write_atomic, write_json
+from cdpo.system.locks import locked
 
 
 def test_writes_and_replaces(tmp_path):
@@ -108,7 +108,7 @@ def test_secrets_reach_no_file(tmp_path, monkeypatch):
 
 HOLDER = """
 import sys, time
-from cdpo.lock import locked
+from cdpo.system.locks import locked
 with locked(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy.interpolate import PchipInterpolator
 
-from cdpo.report import gap, tables
+from cdpo.report.write import gap, tables
 from cdpo.report.labels import label
 
 RLHF = "cdpo.losses.candidates.RLHF"

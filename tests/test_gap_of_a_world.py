@@ -11,7 +11,7 @@ import pytest
 from composing import composed
 from independent_gap import gap
 
-from cdpo import job
+from cdpo.training import job
 
 WORLD = {
     "prompts": ["Where to? ", "How long? ", "With whom? "],

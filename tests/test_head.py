@@ -12,11 +12,11 @@ from architectures import ITEMS, SHAPE, build, gradients, load, plain
 from torch import nn
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM
 
-from cdpo import head
-from cdpo.head import Shape, left_out, linear_head, shape_of, token_logps
-from cdpo.logps import one_by_one, score, score_with_statistics
-from cdpo.packing import pack
-from cdpo.reference import layout_for
+from cdpo.model import head
+from cdpo.model.head import Shape, left_out, linear_head, shape_of, token_logps
+from cdpo.model.logps import one_by_one, score, score_with_statistics
+from cdpo.data.packing import pack
+from cdpo.model.reference import layout_for
 
 M, WIDTH, V = 7, 5, 23
 ROW = torch.tensor([0, 1, 2, 0, 3, 4, 0, 5, 6, 6])  # three responses start at position 0

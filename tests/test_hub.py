@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from cdpo.batch import Pair
-from cdpo.data import Hub
+from cdpo.data.sources import Hub
 from cdpo.errors import DataError
 
 ROOT = Path(__file__).parent.parent
@@ -65,7 +65,7 @@ def preset(tmp_path, monkeypatch):
         for part in splits:
             parquet.write_table(pyarrow.Table.from_pylist(records), folder / f"data/{part}-00000-of-00001.parquet")
         config = yaml.safe_load((ROOT / f"conf/dataset/{name}.yaml").read_text())
-        assert config.pop("_target_") == "cdpo.data.Hub"
+        assert config.pop("_target_") == "cdpo.data.sources.Hub"
         return Hub(**{**config, "name": str(folder)}).load(0)
 
     return load

@@ -17,10 +17,13 @@ import torch
 from composing import composed
 from safetensors.torch import load_file
 
-from cdpo import checkpoint, config, engine, job
+from cdpo.system import checkpoint
+from cdpo.config import read as config
+from cdpo.training import loop as engine
+from cdpo.training import job
 from cdpo.constraints.freeze import decoder_layers
 from cdpo.errors import ConfigError, DataError, NumericsError, Preempted
-from cdpo.head import linear_head
+from cdpo.model.head import linear_head
 
 CONSTRAINTS = sorted(path.stem for path in (config.CONF / "constraint").glob("*.yaml"))
 TIMES = {"tokens_per_second", "pairs_per_second"}
@@ -73,8 +76,8 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny GPT-2 with a byte-level tokenizer, in a folder."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from cdpo.model import Tiny
-    from cdpo.rows import Data, Ledger
+    from cdpo.model.pretrained import Tiny
+    from cdpo.data.rows import Data, Ledger
 
     folder = tmp_path_factory.mktemp("gpt2")
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ import time
 import pytest
 from sweeping import Sweeper
 
-from cdpo.lock import locked
+from cdpo.system.locks import locked
 
 
 @pytest.fixture

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from cdpo import logger
-from cdpo.logger import Nothing, Wandb, run_id
+from cdpo.system import logger
+from cdpo.system.logger import Nothing, Wandb, run_id
 
 RUN = """
 import glob, os, signal, sys, time
 from pathlib import Path
-from cdpo.logger import Wandb
-from cdpo.metrics import MetricsFile
+from cdpo.system.logger import Wandb
+from cdpo.system.metrics import MetricsFile
 
 def attempt(folder, first, last, checkpoint=-1, kill=False):
     metrics, copy = MetricsFile(folder / "metrics.jsonl"), Wandb(init_timeout=2, finish_timeout=20, tags=["t"])
@@ -268,7 +268,7 @@ def test_yaml_has_the_keys_of_the_class():
     conf = Path(__file__).parents[1] / "conf" / "logger"
     for name, kind in (("wandb", Wandb), ("none", Nothing)):
         settings = yaml.safe_load((conf / f"{name}.yaml").read_text())
-        assert settings.pop("_target_") == f"cdpo.logger.{kind.__name__}"
+        assert settings.pop("_target_") == f"cdpo.system.logger.{kind.__name__}"
         assert list(settings) == [field.name for field in dataclasses.fields(kind)]
         assert kind(**settings) == kind()
 

@@ -37,12 +37,12 @@ from transformers import (
     OPTConfig,
 )
 
-from cdpo import attention
+from cdpo.model import attention
 from cdpo.batch import Item
 from cdpo.constraints.lora import LoRA
-from cdpo.logps import one_by_one, score, score_with_statistics
-from cdpo.packing import pack
-from cdpo.reference import layout_for
+from cdpo.model.logps import one_by_one, score, score_with_statistics
+from cdpo.data.packing import pack
+from cdpo.model.reference import layout_for
 
 TOLERANCE = {"float32": 2e-5, "float64": 1e-10}
 IN_FLOAT32 = ("llama", "qwen3")  # their norms compute in float32 whatever the dtype is, and so do the gradients
@@ -300,7 +300,7 @@ def test_an_architecture_that_chokes_falls_back(folders, error, monkeypatch):
             raise error
         return score(model, batch)
 
-    monkeypatch.setattr("cdpo.reference.score", choke)
+    monkeypatch.setattr("cdpo.model.reference.score", choke)
     padded, reason = layout_for(model, ITEMS["even"], "trees")
     assert padded
     assert reason in ("NotImplementedError", "'x'", "no such row")
@@ -388,7 +388,7 @@ def test_impossible_tokens_leave_finite_numbers():
 
 def test_functional_dropout_is_zeroed():
     """OPT drops by plain floats on its modules; a loaded model must not drop in training mode."""
-    from cdpo.model import without_dropout
+    from cdpo.model.pretrained import without_dropout
 
     sizes = {"ffn_dim": 20, "word_embed_proj_dim": 16, "max_position_embeddings": POSITIONS, **DIMS}
     config = OPTConfig(**sizes, dropout=0.5, attention_dropout=0.5, layerdrop=0.5)

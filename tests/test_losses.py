@@ -19,7 +19,7 @@ from mpmath import mp
 
 from cdpo.batch import Logps
 from cdpo.errors import ConfigError, NumericsError
-from cdpo.losses import check_finite, per_unit
+from cdpo.losses.loss import check_finite, per_unit
 from cdpo.losses.combined import WPO, Sum
 from cdpo.losses.divergence import FDPO
 from cdpo.losses.gaussian import Gaussian

@@ -13,23 +13,26 @@ import torch
 from composing import composed
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig
 
-from cdpo import engine, job, memory, reference
-from cdpo.checks import read
-from cdpo.config import ENOUGH, Trainer, digest
-from cdpo.distributed import ALONE
+from cdpo.training import loop as engine
+from cdpo.training import job
+from cdpo.model import memory
+from cdpo.model import reference
+from cdpo.training.checks import read
+from cdpo.config.read import ENOUGH, Trainer, digest
+from cdpo.system.ranks import ALONE
 from cdpo.errors import ConfigError, DeviceFull, rank_0_says
-from cdpo.head import CHUNK
+from cdpo.model.head import CHUNK
 
 GROWN = """
 import ctypes, json, sys
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from peft import LoraConfig, get_peft_model
-from cdpo import attention
+from cdpo.model import attention
 from cdpo.batch import Item
-from cdpo.logps import score
-from cdpo.memory import per_token
-from cdpo.packing import pack
+from cdpo.model.logps import score
+from cdpo.model.memory import per_token
+from cdpo.data.packing import pack
 
 kind, extra = sys.argv[1:]
 config = {

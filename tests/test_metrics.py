@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cdpo.errors import DiskError
-from cdpo.metrics import Means, MetricsFile
+from cdpo.system.metrics import Means, MetricsFile
 
 
 @pytest.mark.parametrize("split", [[8], [4, 4], [5, 3], [1] * 8, [0, 8]])
@@ -114,7 +114,7 @@ def test_a_full_disk_is_a_disk_error():
 def test_rows_survive_a_kill(tmp_path):
     code = f"""
 import os, signal
-from cdpo.metrics import MetricsFile
+from cdpo.system.metrics import MetricsFile
 file = MetricsFile({str(tmp_path / "m.jsonl")!r})
 for step in range(100):
     file.log({{"step": step}})

@@ -17,17 +17,19 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from cdpo import attention, config, model
+from cdpo.model import attention
+from cdpo.config import read as config
+from cdpo.model import pretrained as model
 from cdpo.batch import Pair
 from cdpo.constraints.lora import LoRA
 from cdpo.errors import ConfigError
-from cdpo.logps import score
-from cdpo.model import HuggingFace, Tiny, check_lengths, export
-from cdpo.packing import pack
-from cdpo.rows import Data, Ledger, Row
-from cdpo.tabular import Tabular
-from cdpo.tokenise import tokenise
-from cdpo.worlds import Bandit
+from cdpo.model.logps import score
+from cdpo.model.pretrained import HuggingFace, Tiny, check_lengths, export
+from cdpo.data.packing import pack
+from cdpo.data.rows import Data, Ledger, Row
+from cdpo.model.tabular import Tabular
+from cdpo.data.tokenise import tokenise
+from cdpo.data.bandit import Bandit
 
 SMALL = Tiny(hidden_size=16, heads=2, layers=1)
 BYTES = SMALL.tokenizer(NO_DATA)

@@ -123,7 +123,9 @@ def test_the_wheel_works_in_a_clean_environment_from_another_directory(built, tm
     expected = run(sys.executable, "-m", "cdpo.train", *question)
     assert yaml.safe_load(answer.stdout) == yaml.safe_load(expected.stdout)
     assert yaml.safe_load(answer.stdout)["constraint"]["lora_r8"]["rank"] == 8
-    where = run(scripts / "python", "-c", "import cdpo.config; print(cdpo.config.CONF)", cwd=elsewhere, PYTHONPATH="")
+    where = run(
+        scripts / "python", "-c", "import cdpo.config.read; print(cdpo.config.CONF)", cwd=elsewhere, PYTHONPATH=""
+    )
     assert Path(where.stdout.strip()).is_relative_to(tmp_path / "venv")
     wrong = subprocess.run([scripts / "cdpo-train", "loss=gausian", "--cfg", "job"], cwd=elsewhere, capture_output=True)
     assert (wrong.returncode, b"did you mean gaussian?" in wrong.stderr) == (2, True)

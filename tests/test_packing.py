@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cdpo.batch import Item, Pair
-from cdpo.packing import Plan, by_tokens, pack
+from cdpo.data.packing import Plan, by_tokens, pack
 
 tokens = st.lists(st.integers(0, 9), min_size=1, max_size=5)
 real = st.floats(-1e6, 1e6)

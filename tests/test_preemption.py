@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from cdpo.preemption import Signals
+from cdpo.system.signals import Signals
 
 CHILD = """
 import time
-from cdpo.preemption import Signals
+from cdpo.system.signals import Signals
 with Signals() as signals:
     print("ready", flush=True)
     while not signals.requested:

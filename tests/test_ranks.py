@@ -14,9 +14,9 @@ from composing import composed
 from ranked import together
 from safetensors.torch import load_file
 
-from cdpo import job
+from cdpo.training import job
 from cdpo.errors import ConfigError
-from cdpo.packing import Plan
+from cdpo.data.packing import Plan
 
 # 17 pairs over 5 prompts: Items with 1 to 6 pairs; batches of 3 and then 2 leave the ranks uneven shares
 UNEVEN = ["logger=none", "dataset.prompts=5", "dataset.alphabet=4", "dataset.preferences=sampled", "dataset.pairs=17",

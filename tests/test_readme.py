@@ -16,10 +16,11 @@ from composing import composed
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from cdpo import config, errors
-from cdpo.data import Jsonl
+from cdpo import errors
+from cdpo.config import read as config
+from cdpo.data.sources import Jsonl
 from cdpo.train import _with_model_group
-from cdpo.worlds import Bandit
+from cdpo.data.bandit import Bandit
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

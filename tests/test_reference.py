@@ -8,15 +8,15 @@ import pytest
 import torch
 from architectures import CONFIGS, ITEMS, NO_DATA, build, load, make_items, plain
 
-from cdpo import reference
+from cdpo.model import reference
 from cdpo.batch import Item
-from cdpo.change import Change
+from cdpo.model.change import Change
 from cdpo.constraints.dropout import Dropout
 from cdpo.constraints.lora import LoRA
 from cdpo.errors import ConfigError, NumericsError
-from cdpo.logps import score
-from cdpo.model import Tiny
-from cdpo.reference import Scored, add_reference, check_start, layout_for, logps_of
+from cdpo.model.logps import score
+from cdpo.model.pretrained import Tiny
+from cdpo.model.reference import Scored, add_reference, check_start, layout_for, logps_of
 
 CPU = torch.device("cpu")
 ALL = [*ITEMS["uneven"], *ITEMS["even"], *ITEMS["one token"]]

@@ -19,12 +19,15 @@ from composing import composed
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from cdpo import cache, engine, job, reference
+from cdpo.system import cache
+from cdpo.training import loop as engine
+from cdpo.training import job
+from cdpo.model import reference
 from cdpo.batch import Item
 from cdpo.errors import ConfigError
-from cdpo.fingerprint import weights_print
-from cdpo.lock import locked
-from cdpo.reference import Scored, add_reference
+from cdpo.model.fingerprint import weights_print
+from cdpo.system.locks import locked
+from cdpo.model.reference import Scored, add_reference
 
 CPU = torch.device("cpu")
 ALL = [*ITEMS["uneven"], *ITEMS["even"], *ITEMS["one token"]]
@@ -322,7 +325,7 @@ def test_a_generator_is_not_advanced(llama, tmp_path):
 WORKER = """
 import logging, sys, time, torch
 from pathlib import Path
-from cdpo import cache
+from cdpo.system import cache
 logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
 folder, name, seconds = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 def compute(tell):

@@ -18,9 +18,9 @@ import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
 
-from cdpo import report as module
+from cdpo.report import write as module
 from cdpo.errors import ConfigError
-from cdpo.report import figure_files, main, report, runs
+from cdpo.report.write import figure_files, main, report, runs
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "path", "use", "rect", "circle", "line"}
 TARGETS = {"rlhf": "candidates.RLHF", "dpo": "pairwise.DPO", "gaussian_power": "gaussian.Gaussian"}
@@ -62,13 +62,13 @@ def composed(loss, constraint, seed):
     power = {"penalty": "power", "power": 0.5} if loss == "gaussian_power" else {}
     true = {"rewards": "true"} if loss == "rlhf" else {}
     return {
-        "model": {"_target_": "cdpo.tabular.Tabular"},
-        "dataset": {"_target_": "cdpo.worlds.Bandit", "world_seed": seed},
+        "model": {"_target_": "cdpo.model.tabular.Tabular"},
+        "dataset": {"_target_": "cdpo.data.bandit.Bandit", "world_seed": seed},
         "loss": {"_target_": f"cdpo.losses.{TARGETS[loss]}", "beta": 1.0} | power | true,
         "constraint": {constraint: {"_target_": f"cdpo.constraints.{target}"} | values} if target else {},
         "optimizer": {"_target_": "cdpo.optim.SGD", "learning_rate": 1.0},
         "trainer": {"max_steps": 4, "eval_every": 1},
-        "logger": {"_target_": "cdpo.logger.Nothing"},
+        "logger": {"_target_": "cdpo.system.logger.Nothing"},
         "beta": 1.0,
         "seed": seed,
         "restart": 0,
@@ -523,7 +523,7 @@ def test_a_directory_without_runs_is_refused(tmp_path, monkeypatch, capsys):
 
 
 def test_help_is_quick():
-    code = "import sys; sys.argv = ['cdpo-report', '--help']\nfrom cdpo.report import main\n"
+    code = "import sys; sys.argv = ['cdpo-report', '--help']\nfrom cdpo.report.write import main\n"
     code += "try: main()\nexcept SystemExit: pass\n"
     code += "assert not {'pandas', 'matplotlib', 'torch', 'numpy'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -551,7 +551,13 @@ def test_the_figures_are_copied_to_wandb_once(tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith("WANDB")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    logger = {"_target_": "cdpo.logger.Wandb", "project": "p", "entity": None, "mode": "auto", "init_timeout": 20.0}
+    logger = {
+        "_target_": "cdpo.system.logger.Wandb",
+        "project": "p",
+        "entity": None,
+        "mode": "auto",
+        "init_timeout": 20.0,
+    }
     write_run(tmp_path, "rlhf", logger=logger)
     report(tmp_path)
     [copy] = tmp_path.glob("wandb/offline-run-*")
@@ -565,7 +571,7 @@ def test_the_figures_are_copied_to_wandb_once(tmp_path, monkeypatch):
 
 def test_wandb_cannot_stop_a_report(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(module, "_copy", lambda folder, settings: 1 / 0)
-    write_run(tmp_path, "dpo", logger={"_target_": "cdpo.logger.Wandb"})
+    write_run(tmp_path, "dpo", logger={"_target_": "cdpo.system.logger.Wandb"})
     assert report(tmp_path).is_file()
     assert "not on wandb (ZeroDivisionError" in caplog.text
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from sweeping import Sweeper, trajectory
 
-from cdpo import slurm as slurm_jobs
-from cdpo import status
+from cdpo.sweep import slurm as slurm_jobs
+from cdpo.sweep import status
 
 CLUSTER = Path(__file__).parent / "slurm_cluster"
 pytestmark = pytest.mark.slow

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from cdpo import status
+from cdpo.sweep import status
 from cdpo.errors import ConfigError
-from cdpo.lock import locked
+from cdpo.system.locks import locked
 
 
 def put(path, **tree):

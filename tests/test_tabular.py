@@ -12,19 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 
-from cdpo import attention
-from cdpo.change import Change
+from cdpo.model import attention
+from cdpo.model.change import Change
 from cdpo.constraints.lora import LoRA
 from cdpo.errors import ConfigError
-from cdpo.evaluate import generations, sampled_kl
-from cdpo.logps import one_by_one, score
-from cdpo.model import export
-from cdpo.packing import pack
-from cdpo.reference import Scored, layout_for
-from cdpo.rows import Data, Ledger
-from cdpo.tabular import Tabular, TabularForCausalLM
-from cdpo.tokenise import tokenise
-from cdpo.worlds import Bandit
+from cdpo.training.evaluation import generations, sampled_kl
+from cdpo.model.logps import one_by_one, score
+from cdpo.model.pretrained import export
+from cdpo.data.packing import pack
+from cdpo.model.reference import Scored, layout_for
+from cdpo.data.rows import Data, Ledger
+from cdpo.model.tabular import Tabular, TabularForCausalLM
+from cdpo.data.tokenise import tokenise
+from cdpo.data.bandit import Bandit
 
 
 def bandit(dtype="float64", **options):

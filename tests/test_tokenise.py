@@ -13,11 +13,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from cdpo.batch import Pair
-from cdpo.data import Jsonl
+from cdpo.data.sources import Jsonl
 from cdpo.errors import ConfigError, DataError
-from cdpo.rows import Limits, Row
-from cdpo.tokenise import CHUNK, tokenise
-from cdpo.worlds import Bandit
+from cdpo.data.rows import Limits, Row
+from cdpo.data.tokenise import CHUNK, tokenise
+from cdpo.data.bandit import Bandit
 
 HH = Path(__file__).parent.parent / "../shared/data/hh-harmless-base-test.jsonl.gz"
 TEXT = ["hello world", "hello there, world", "is the world well?", " hello", "\n\nHuman: hello\n\nAssistant:"] * 50

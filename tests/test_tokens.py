@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 from architectures import NO_DATA
 
-from cdpo import tokens
+from cdpo.data import tokens
 from cdpo.batch import Pair
 from cdpo.errors import DataError
-from cdpo.model import Tiny
-from cdpo.rows import Data, Ledger, Limits, Row
-from cdpo.tokenise import tokenise
+from cdpo.model.pretrained import Tiny
+from cdpo.data.rows import Data, Ledger, Limits, Row
+from cdpo.data.tokenise import tokenise
 
 TOKENIZER = Tiny().tokenizer(NO_DATA)
 LIMITS = Limits(max_prompt_tokens=9, max_response_tokens=6, max_drop_fraction=0.5)

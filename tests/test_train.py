@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cdpo import train
-from cdpo.sweep import OUTCOMES
+from cdpo.sweep.tasks import OUTCOMES
 
 QUICK = ["logger=none", "model=tabular", "trainer.max_steps=3", "dataset.prompts=3", "dataset.alphabet=3"]
 
@@ -223,7 +223,7 @@ def test_odd_values_end_in_a_sentence(cdpo_train, override):
 def test_failed_runs_of_a_sweep_leave_no_model_in_memory(cdpo_train):
     import gc
 
-    from cdpo.tabular import TabularForCausalLM
+    from cdpo.model.tabular import TabularForCausalLM
 
     def policies() -> set[int]:
         gc.collect()

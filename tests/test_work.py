@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from cdpo.directory import status
-from cdpo.distributed import Ranks
+from cdpo.training.directory import status
+from cdpo.system.ranks import Ranks
 from cdpo.errors import RankLost
-from cdpo.logger import Nothing
-from cdpo.sweep import Task, earlier, write_task
-from cdpo.work import SlurmTask
+from cdpo.system.logger import Nothing
+from cdpo.sweep.tasks import Task, earlier, write_task
+from cdpo.sweep.worker import SlurmTask
 
 
 def reach(run, step):

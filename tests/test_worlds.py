@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cdpo.errors import ConfigError, DataError
-from cdpo.worlds import Bandit
+from cdpo.data.bandit import Bandit
 
 WORLD = {
     "prompts": ["north? ", "south? "],

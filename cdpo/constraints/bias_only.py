@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from cdpo.constraints import Constraint
+from cdpo.constraints.constraint import Constraint
 from cdpo.constraints.freeze import keep_only
 from cdpo.constraints.lora import LoRA
 from cdpo.errors import ConfigError

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from cdpo.constraints import Constraint
+from cdpo.constraints.constraint import Constraint
 
 if TYPE_CHECKING:
-    from cdpo.change import Change
+    from cdpo.model.change import Change
 
 
 @dataclass

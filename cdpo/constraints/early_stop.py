@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cdpo.batch import Logps
 from cdpo.candidates import candidate_kl
-from cdpo.constraints import Constraint
+from cdpo.constraints.constraint import Constraint
 from cdpo.errors import ConfigError
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from cdpo.constraints import Constraint
+from cdpo.constraints.constraint import Constraint
 from cdpo.constraints.lora import LoRA
 from cdpo.errors import ConfigError
 

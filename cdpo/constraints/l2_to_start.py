@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from cdpo.constraints import Constraint
+from cdpo.constraints.constraint import Constraint
 from cdpo.constraints.lora import LoRA
 
 if TYPE_CHECKING:
-    from cdpo.change import Change
+    from cdpo.model.change import Change
 
 
 @dataclass

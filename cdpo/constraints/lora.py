@@ -11,11 +11,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from cdpo.constraints import Constraint
+from cdpo.constraints.constraint import Constraint
 from cdpo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cdpo.change import Change
+    from cdpo.model.change import Change
 
 
 @dataclass

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from cdpo.constraints import Constraint
+from cdpo.constraints.constraint import Constraint
 
 if TYPE_CHECKING:
-    from cdpo.change import Change
+    from cdpo.model.change import Change
 
 
 @dataclass

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from cdpo.constraints import Constraint
-from cdpo.distributed import whole
+from cdpo.constraints.constraint import Constraint
 from cdpo.errors import ConfigError
+from cdpo.system.ranks import whole
 
 if TYPE_CHECKING:
-    from cdpo.change import Change
+    from cdpo.model.change import Change
 
 
 @dataclass

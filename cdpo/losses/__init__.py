@@ -1,55 +1,30 @@
-"""What a loss is, and the only way to evaluate one. A loss sees log-probs; it knows nothing of models or config."""
+"""From log-probs to a number per pair or Item. conf/loss/ names these classes; one of your own extends PairLoss."""
 
-from __future__ import annotations
+from cdpo.losses.candidates import RLHF, OnPolicyRegression
+from cdpo.losses.combined import WPO, Sum
+from cdpo.losses.divergence import FDPO
+from cdpo.losses.gaussian import Gaussian
+from cdpo.losses.loss import Loss
+from cdpo.losses.pairwise import (
+    BCO,
+    DPO,
+    EXO,
+    EXPO,
+    IPO,
+    NCA,
+    ODPO,
+    ORPO,
+    SFT,
+    SPPO,
+    APODown,
+    APOZero,
+    DiscoPOP,
+    Hinge,
+    Robust,
+    SimPO,
+)  # fmt: skip
 
-from typing import Literal, Protocol, runtime_checkable
-
-import torch
-from torch import Tensor
-
-from cdpo.batch import Logps
-from cdpo.errors import NumericsError
-
-SHOWN = 3  # rows that a message names
-
-
-@runtime_checkable
-class Loss(Protocol):
-    """A frozen, pure function of log-probs: one number per pair or per Item, never reduced.
-
-    A pair loss takes every pair as a hard label, winner over loser, and reads neither `preference` nor `weight`. It is
-    finite, with a finite gradient, wherever the log-probs are. One that reads `Logps.baseline` says so, with
-    `reads_baseline = True`: for others it is None, as to know it costs a wait for the device in every step.
-    """
-
-    @property
-    def unit(self) -> Literal["pair", "item"]:
-        """What one number of the result belongs to."""
-
-    def __call__(self, logps: Logps) -> Tensor:
-        """[P] for a pair loss, [I] for an item loss."""
-
-
-def per_unit(loss: Loss, logps: Logps) -> Tensor:
-    """The loss of every pair or Item, soft labels included: p * loss(winner, loser) + (1 - p) * loss(loser, winner)."""
-    if loss.unit == "item" or not logps.soft:
-        return loss(logps)
-    won, lost = loss(logps.both_ways()).chunk(2)
-    return torch.lerp(lost, won, logps.preference)
-
-
-def check_finite(logps: Logps) -> None:
-    """Raise NumericsError, naming the first rows, if a log-prob is NaN or infinite."""
-    finite = logps.policy.isfinite() & logps.reference.isfinite()
-    if not finite.all():
-        broken = (~finite).nonzero().flatten().tolist()
-        rows = "; ".join(describe(logps, s) for s in broken[:SHOWN]) + ("; ..." if len(broken) > SHOWN else "")
-        raise NumericsError(f"{len(broken)} of {len(logps.policy)} responses have a NaN or infinite log-prob: {rows}")
-
-
-def describe(logps: Logps, response: int) -> str:
-    """Where a response comes from, and its log-probs."""
-    item = int(logps.item[response])
-    name = logps.sources[item] if logps.sources else f"item {item}"
-    policy, reference = logps.policy[response].item(), logps.reference[response].item()
-    return f"{name}, response row {response} (policy {policy:g}, reference {reference:g})"
+__all__ = [
+    "BCO", "DPO", "EXO", "EXPO", "FDPO", "IPO", "NCA", "ODPO", "ORPO", "RLHF", "SFT", "SPPO", "WPO", "APODown",
+    "APOZero", "DiscoPOP", "Gaussian", "Hinge", "Loss", "OnPolicyRegression", "Robust", "SimPO", "Sum",
+]  # fmt: skip

@@ -1,7 +1,7 @@
 """Losses of whole candidate sets: RLHF itself, exactly, and the regression that has its gradient.
 
 The policy and the reference are renormalised on each Item's K responses (`cdpo.candidates`), so every expectation over
-responses is a finite sum. Rewards are the data's own, or fitted to its preferences (`cdpo.bradley_terry`).
+responses is a finite sum. Rewards are the data's own, or fitted to its preferences (`cdpo.data.bradley_terry`).
 """
 
 from __future__ import annotations

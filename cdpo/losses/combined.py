@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cdpo.batch import Logps
 from cdpo.candidates import candidate_log_ratio, count_items, log_softmax_by_item, sum_by_item
-from cdpo.losses import Loss
+from cdpo.losses.loss import Loss
 from cdpo.losses.numerics import EXP_BOUND, check_choice
 
 

@@ -1,5 +1,5 @@
 """`python -m cdpo.report DIRECTORY`, as cdpo-report."""
 
-from cdpo.report import main
+from cdpo.report.write import main
 
 main()

@@ -14,9 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cdpo.config import flat
+from cdpo.config.read import flat
 from cdpo.errors import ConfigError
-from cdpo.files import read_json, redact
+from cdpo.system.files import read_json, redact
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -23,11 +23,11 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict, read_write
 
-from cdpo.preemption import Signals
+from cdpo.system.signals import Signals
 
 if TYPE_CHECKING:
-    from cdpo.slurm import Queued
-    from cdpo.sweep import Outcome, Task
+    from cdpo.sweep.slurm import Queued
+    from cdpo.sweep.tasks import Outcome, Task
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +44,10 @@ class Processes(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """All jobs of a sweep; what became of each is added to cdpo.sweep.OUTCOMES."""
-        from cdpo import sweep
+        from cdpo.sweep import tasks as sweep
         from cdpo.errors import ConfigError
-        from cdpo.lock import locked
-        from cdpo.rendezvous import place
+        from cdpo.system.locks import locked
+        from cdpo.system.rendezvous import place
 
         if place().size > 1:
             raise ConfigError(sweep.ALONE)
@@ -66,7 +66,7 @@ class Processes(Launcher):
 
     def dry(self, job_overrides: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
         """Say what the jobs would be, and do none."""
-        from cdpo.estimate import dry_run
+        from cdpo.sweep.estimate import dry_run
 
         composed = {found[0].directory: found for found in map(self.composed, job_overrides)}
         outcomes = dry_run(composed.values())
@@ -77,7 +77,7 @@ class Processes(Launcher):
 
     def outcomes(self, job_overrides: Sequence[Sequence[str]]) -> list[Outcome]:
         """What becomes of each run, in the order of the jobs."""
-        from cdpo import sweep
+        from cdpo.sweep import tasks as sweep
 
         known: dict[Path, Outcome] = {}
         todo: list[Task] = []
@@ -98,9 +98,9 @@ class Processes(Launcher):
 
     def composed(self, overrides: Sequence[str]) -> tuple[Task, dict[str, Any], Outcome | None]:
         """A run as a task with its config, checked; and the outcome, if it cannot be run."""
-        from cdpo.checks import read
-        from cdpo.compose import composed_of, task_of
-        from cdpo.sweep import failure
+        from cdpo.training.checks import read
+        from cdpo.config.compose import composed_of, task_of
+        from cdpo.sweep.tasks import failure
 
         with _at(self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))) as cfg:
             task = task_of(cfg)
@@ -129,8 +129,8 @@ class Local(Processes):
 
     def carried_out(self, tasks: list[Task], jobs: int) -> list[Outcome]:
         """Through cdpo.local, which gets every signal that comes here."""
-        from cdpo.progress import Progress
-        from cdpo.sweep import read_ending
+        from cdpo.system.progress import Progress
+        from cdpo.sweep.tasks import read_ending
 
         if not tasks:
             return []
@@ -167,7 +167,7 @@ class Slurm(Processes):
     def composed(self, overrides: Sequence[str]) -> tuple[Task, dict[str, Any], Outcome | None]:
         """The same; a job of several tasks, all of which do one run, needs to be told how they share it."""
         from cdpo.errors import ConfigError
-        from cdpo.sweep import failure
+        from cdpo.sweep.tasks import failure
 
         task, composed, problem = super().composed(overrides)
         ranks = self.sbatch.get("nodes", 1) * self.sbatch.get("ntasks_per_node", 1)
@@ -178,8 +178,8 @@ class Slurm(Processes):
 
     def carried_out(self, tasks: list[Task], jobs: int) -> list[Outcome]:
         """Submit what is not in the queue already; then wait until it is empty, or return at once."""
-        from cdpo import slurm
-        from cdpo.files import read_json, write_json
+        from cdpo.sweep import slurm
+        from cdpo.system.files import read_json, write_json
 
         folder = Path(self.config.hydra.sweep.dir).resolve()
         file = folder / "jobs.json"
@@ -199,8 +199,8 @@ class Slurm(Processes):
 
     def waited(self, tasks: list[Task], ids: list[str]) -> list[Outcome]:
         """Wait for the jobs of tasks. Ctrl-C ends the waiting, not the jobs."""
-        from cdpo import slurm
-        from cdpo.progress import Progress
+        from cdpo.sweep import slurm
+        from cdpo.system.progress import Progress
 
         states = dict.fromkeys(ids, slurm.Queued("PENDING"))
         with suppress(KeyboardInterrupt), Progress(len(ids), 0, "jobs", quiet=not ids) as bar:
@@ -215,7 +215,7 @@ class Slurm(Processes):
 
     def still(self, ids: list[str], before: dict[str, Queued]) -> dict[str, Queued]:
         """States of the jobs that are not over; as they were `before` where the controller does not answer."""
-        from cdpo import slurm
+        from cdpo.sweep import slurm
         from cdpo.errors import ConfigError
 
         try:
@@ -226,7 +226,7 @@ class Slurm(Processes):
 
     def outcome(self, task: Task, job: str, states: dict[str, Queued], accounts: dict[str, str]) -> Outcome:
         """What a run says of itself; else what SLURM does."""
-        from cdpo.sweep import Outcome
+        from cdpo.sweep.tasks import Outcome
 
         if job in states:
             return Outcome(task, f"job {job} is {states[job].state.lower()}: cdpo-status, scancel {job}", 75)
@@ -269,8 +269,8 @@ def _at(config: DictConfig) -> Iterator[DictConfig]:
 
 @contextmanager
 def _pool(plan: dict[str, Any]) -> Iterator[Any]:
-    """cdpo.local at work on a plan, in a session of its own: it gets signals from here only, each of them once."""
-    command = [sys.executable, "-m", "cdpo.local"]
+    """cdpo.sweep.local at work on a plan, in a session of its own: it gets signals from here only, each of them once."""
+    command = [sys.executable, "-m", "cdpo.sweep.local"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, start_new_session=True, **pipes) as pool:  # type: ignore[call-overload]
         handlers = {n: signal.signal(n, lambda n, _: pool.send_signal(n)) for n in Signals.HANDLED}
@@ -287,7 +287,7 @@ def _pool(plan: dict[str, Any]) -> Iterator[Any]:
 
 def _own_word(task: Task) -> Outcome | None:
     """What a run says of its end, unless it was stopped before, or says nothing."""
-    from cdpo.sweep import earlier, read_ending
+    from cdpo.sweep.tasks import earlier, read_ending
 
     said = read_ending(task)
     return earlier(task, retry_failed=True) if said is None or said.exit_code == 75 else said
@@ -295,7 +295,7 @@ def _own_word(task: Task) -> Outcome | None:
 
 def _killed(task: Task, code: int | None) -> Outcome:
     """The outcome of a process that ended without a word; None: it was never started."""
-    from cdpo.sweep import Outcome
+    from cdpo.sweep.tasks import Outcome
 
     if code is None:
         return Outcome(task, "not started, as the sweep was asked to stop; the same command starts it", 75)

@@ -1,6 +1,6 @@
 """python -m benchmarks.breakdown: where the time of a training step goes, by torch's profiler; cdpo's side alone.
 
-Uses no more of cdpo than `cdpo.job.run` and `cdpo.engine._step`, so that it can look at older commits too (PYTHONPATH).
+Uses no more of cdpo than `cdpo.training.job.run` and `cdpo.training.loop._step`, so that it can look at older commits too (PYTHONPATH).
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def composed(overrides: list[str]) -> Any:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from cdpo import config, train  # noqa: F401  # train registers the resolvers
+    from cdpo import train  # noqa: F401  # train registers the resolvers
+    from cdpo.config import read as config  # noqa: F401  # train registers the resolvers
 
     with initialize_config_dir(str(config.CONF), version_base="1.3"):
         return OmegaConf.to_container(compose("config", overrides), resolve=True)
@@ -54,7 +55,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=HH)
     given = parser.parse_args()
     case, steps, seconds = CASES[given.case], given.steps + 1, []
-    from cdpo import engine, job
+    from cdpo.training import loop as engine
+    from cdpo.training import job
 
     recorder, step = profile(activities=[ProfilerActivity.CPU], acc_events=True), engine._step
 

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from benchmarks.channel import Channel, plain
-from cdpo.change import Change
-from cdpo.constraints import Constraint
+from cdpo.model.change import Change
+from cdpo.constraints.constraint import Constraint
 
 
 @dataclass

@@ -44,8 +44,10 @@ def measure(options: list[str], steps: int, log_every: int) -> dict[str, float]:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from cdpo import compose as _resolvers  # noqa: F401
-    from cdpo import config, engine, job
+    from cdpo.config import compose as _resolvers  # noqa: F401
+    from cdpo.config import read as config
+    from cdpo.training import loop as engine
+    from cdpo.training import job
 
     whole, inner, gradient, stepping = Clock(), Clock(), Clock(), Clock()
     optimizer = torch.optim.SGD if "optimizer=sgd" in options else torch.optim.AdamW

@@ -1,0 +1,90 @@
+"""A constraint is a restriction on learning and a participant in the step. One file per constraint, all with one shape.
+
+The engine calls the hooks in the order in which they stand here. Laws: a penalty on parameters belongs in `before_step`
+or `after_step`, never inside autograd; state may depend only on reduced metrics, so that it is equal on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+from cdpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from cdpo.batch import Logps
+    from cdpo.model.change import Change
+
+
+class Constraint:
+    """A restriction on learning. Override what you need; every hook does nothing by default."""
+
+    #: why this constraint cannot be used with L-BFGS ("" if it can): its line search assumes one fixed smooth objective
+    not_with_lbfgs: str = ""
+    #: why this constraint cannot be used with trainer.distributed=fsdp ("" if it can): the weights are DTensors there
+    not_with_fsdp: str = ""
+
+    def conflict(self, other: Constraint) -> str:
+        """Why this constraint cannot be combined with `other`, or "" if it can. Asked in both directions."""
+        return ""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Change the policy before training: adapters, freezing. At step 0 it still equals the reference.
+
+        Wraps a model without weights too, before the real one, where memory is worked out: keep nothing of it.
+        """
+        return model
+
+    def begin(self, model: nn.Module, change: Change) -> None:
+        """Called once on the wrapped, not yet restored policy; `change` remembers where training started."""
+
+    def penalty(self, logps: Logps) -> Tensor | None:
+        """A term per Item, [I], added to the loss (mean over Items), inside autograd; of log-probs only."""
+        return None
+
+    def measure(self, logps: Logps) -> Mapping[str, Tensor]:
+        """Quantities per Item, name -> [I], without gradient; their mean over all Items of the step is in `metrics`."""
+        return {}
+
+    def before_step(self, model: nn.Module, learning_rate: float) -> None:
+        """The gradient is there, the optimizer has not stepped; under torch.no_grad."""
+
+    def after_step(self, model: nn.Module, metrics: Mapping[str, float]) -> None:
+        """The optimizer has stepped: project, shrink, move a multiplier; under torch.no_grad.
+
+        `metrics` are the step's reduced metrics, among them `learning_rate` and what `measure` returned.
+        """
+
+    def stop_reason(self, metrics: Mapping[str, float]) -> str | None:
+        """A sentence if training must stop now, else None. `metrics` hold `step`, and `eval/*` after an evaluation."""
+        return None
+
+    def report(self) -> dict[str, float]:
+        """What the constraint did, logged as constraint/<name>/<key>: binds (0 or 1), distance to its boundary, ..."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `begin` cannot recompute: the dataclass fields with init=False. Plain numbers, equal on every rank."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if not f.init} if is_dataclass(self) else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+def check(constraints: Mapping[str, Constraint], lbfgs: bool, fsdp: bool = False) -> None:
+    """Raise ConfigError with the reason of every combination, by name, that cannot be used together."""
+    barred = {name: c.not_with_lbfgs for name, c in constraints.items() if lbfgs and c.not_with_lbfgs}
+    reasons = [f"{name} with optimizer=lbfgs: {reason}" for name, reason in barred.items()]
+    unsharded = {name: c.not_with_fsdp for name, c in constraints.items() if fsdp and c.not_with_fsdp}
+    reasons += [f"{name} with trainer.distributed=fsdp: {reason}" for name, reason in unsharded.items()]
+    for (a, one), (b, other) in combinations(constraints.items(), 2):
+        if reason := one.conflict(other) or other.conflict(one):
+            reasons.append(f"{a} with {b}: {reason}")
+    if reasons:
+        raise ConfigError("constraints that cannot be combined:\n  " + "\n  ".join(reasons))

@@ -1,0 +1,199 @@
+"""How far a policy has moved, theta - theta_0: the one place that knows that an adapter's change is its product.
+
+Measures and scales the change; it knows nothing of losses, constraints or optimizers.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from cdpo.errors import ConfigError
+from cdpo.system.ranks import whole
+
+PART = 1 << 20  # numbers
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Differences and norms are taken in float32 or better: bf16 weights hold far fewer digits than their change."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _original_name(name: str) -> str:
+    """The name that a parameter had before peft wrapped the model."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _factors(layer: Any) -> tuple[Tensor, Tensor]:
+    """The factors B [out, r] and A [r, in] of a LoRA layer; scaling * B @ A (or its transpose) is its change."""
+    adapter = layer.active_adapters[0]
+    if adapter in layer.lora_embedding_A:
+        return layer.lora_embedding_B[adapter], layer.lora_embedding_A[adapter]
+    return layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
+
+
+def _delta(layer: Any) -> Tensor:
+    """The change of an adapted weight, in its full size. A DoRA layer is no plain product: a copy of it is merged."""
+    if not layer.lora_magnitude_vector:
+        return _wide(layer.get_delta_weight(layer.active_adapters[0]))
+    weight = _wide(layer.get_base_layer().weight)
+    merged = copy.deepcopy(layer).to(weight.dtype)
+    merged.merge()
+    return merged.get_base_layer().weight - weight
+
+
+def _core(layer: Any) -> Tensor:
+    """A matrix with the singular values of the change: r x r for LoRA, so that no large SVD is ever needed."""
+    if layer.lora_magnitude_vector:
+        return _delta(layer)
+    tall, wide = map(_wide, _factors(layer))
+    scaling = layer.scaling[layer.active_adapters[0]]
+    return scaling * torch.linalg.qr(tall).R @ torch.linalg.qr(wide.mT).R.mT
+
+
+def _effective_rank(matrices: Tensor) -> Tensor:
+    """exp(entropy of the normalised singular values) of every matrix; zero matrices give 0. [..., n, m] -> [...]"""
+    values = torch.linalg.svdvals(matrices)
+    total = values.sum(-1, keepdim=True)
+    share = values / total.where(total > 0, 1)
+    return torch.special.entr(share).sum(-1).exp() * (total[..., 0] > 0)
+
+
+def _distance(tensor: Tensor, start: Tensor) -> Tensor:
+    """L2 norm of a difference, whose copy is never larger than PART. [...], [...] -> []"""
+    if isinstance(tensor, DTensor):
+        return torch.linalg.vector_norm(whole(_wide(tensor) - _wide(start))).double()
+    parts = zip(*(x.reshape(-1).split(PART) for x in (tensor, start)))
+    norms = [torch.linalg.vector_norm(_wide(now) - _wide(then)).double() for now, then in parts]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+class Change:
+    """theta - theta_0 of a policy: create it on the wrapped policy, before anything is restored or trained.
+
+    It keeps one copy of the trainable plain parameters. A LoRA-adapted weight needs none, since its change is the
+    adapter's product; peft's Linear, Embedding and GPT-2's Conv1D layers are covered, rslora and DoRA included.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        #: adapted layers by the name of the weight that they adapt
+        self.adapted: dict[str, Any] = {
+            _original_name(f"{name}.weight"): layer
+            for name, layer in model.named_modules()
+            if isinstance(layer, LoraLayer)
+        }
+        factors = {
+            id(parameter)
+            for layer in self.adapted.values()
+            for name, parameter in layer.named_parameters()
+            if not name.startswith("base_layer.")
+        }
+        self._plain = {
+            _original_name(name): (parameter, parameter.detach().clone())
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and id(parameter) not in factors
+        }
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the weights that can change, in the order of every list and iterator here."""
+        return [*self._plain, *self.adapted]
+
+    @property
+    def dora(self) -> bool:
+        """Whether some adapter is a DoRA, whose change is not linear in its factors."""
+        return any(layer.lora_magnitude_vector for layer in self.adapted.values())
+
+    def trainable(self) -> int:
+        """How many numbers are trained, adapter factors included."""
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+
+    def plain(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+        """(name, parameter, where it started) of every trainable parameter that is not part of an adapter."""
+        for name, (parameter, start) in self._plain.items():
+            yield name, parameter, start
+
+    @torch.no_grad()
+    def deltas(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, theta - theta_0) of every weight that can change, adapted ones in full size; float32 or better."""
+        for name, parameter, start in self.plain():
+            yield name, whole(_wide(parameter) - _wide(start))
+        for name, layer in self.adapted.items():
+            yield name, _delta(layer)
+
+    @torch.no_grad()
+    def _cores(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter, start in self.plain():
+            yield name, whole(_wide(parameter) - _wide(start))
+        for name, layer in self.adapted.items():
+            yield name, _core(layer)
+
+    def norms(self) -> dict[str, float]:
+        """L2 norm of the change of every weight; one wait for the GPU."""
+        norms = [_distance(parameter.detach(), start) for _, parameter, start in self.plain()]
+        norms += [torch.linalg.vector_norm(_core(layer)).double() for layer in self.adapted.values()]
+        return dict(zip(self.names, torch.stack(norms).tolist())) if norms else {}
+
+    def norm(self) -> float:
+        """L2 norm of the whole change, ||theta - theta_0||."""
+        return math.hypot(*self.norms().values())
+
+    def max_abs(self) -> float:
+        """Largest absolute change of a single weight."""
+        largest = [delta.abs().max().double() for _, delta in self.deltas()]
+        return float(torch.stack(largest).max()) if largest else 0.0
+
+    def effective_rank(self) -> float:
+        """Effective rank of the change, averaged over the matrices that changed; 0 before any did.
+
+        Roy and Vetterli 2007: exp of the entropy of the normalised singular values. One SVD per matrix, of r x r for
+        LoRA; of full size otherwise, so ask for it at the end of a run and not at every step.
+        """
+        ranks = [_effective_rank(core).flatten().double() for _, core in self._cores() if core.ndim >= 2]
+        changed = torch.cat([rank[rank > 0] for rank in ranks]) if ranks else torch.empty(0)
+        return float(changed.mean()) if len(changed) else 0.0
+
+    @contextmanager
+    def at_start(self) -> Iterator[None]:
+        """Within the block the policy is the reference, bit for bit: its changed weights are put aside."""
+        kept = [(parameter, start, parameter.detach().clone()) for _, parameter, start in self.plain()]
+        adapters = [layer for layer in self.adapted.values() if not layer.disable_adapters]
+        trained = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
+        try:
+            for layer in adapters:
+                layer.enable_adapters(False)
+            with torch.no_grad():
+                for parameter, start, _ in kept:
+                    parameter.copy_(start)
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, _, changed in kept:
+                    parameter.copy_(changed)
+            for layer in adapters:
+                layer.enable_adapters(True)  # which makes all its factors trainable
+            for parameter in self.model.parameters():
+                parameter.requires_grad_(id(parameter) in trained)
+
+    @torch.no_grad()
+    def scale(self, share: Mapping[str, float]) -> None:
+        """theta <- theta_0 + share * (theta - theta_0) for the named weights; by one of its factors for LoRA."""
+        if self.dora:
+            raise ConfigError("the change of a DoRA layer cannot be scaled; set dora=false")
+        for name, parameter, start in self.plain():
+            if name in share:
+                parameter.copy_(torch.lerp(start, parameter, share[name]))
+        for name, layer in self.adapted.items():
+            if name in share:
+                tall, wide = _factors(layer)
+                started_at_zero = wide if layer.lora_embedding_A else tall  # the other keeps its size, and so its step
+                started_at_zero.mul_(share[name])

@@ -1,0 +1,121 @@
+"""dry_run=true: what runs would take. Their data are read, their models built without weights; nothing is written."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from cdpo.batch import Item
+from cdpo.config.read import Config
+from cdpo.model.memory import lasting, outline
+from cdpo.model.pretrained import check_lengths
+from cdpo.sweep.tasks import Outcome, Task, failure
+from cdpo.system.checkpoint import latest_step
+from cdpo.system.files import read_json
+from cdpo.system.ranks import Ranks
+from cdpo.training.checks import read
+from cdpo.training.job import longest, quiet_libraries, tokens
+from cdpo.training.run import check_fit
+
+DATA = ("dataset", "model", "loss", "seed")  # what decides on the Items of a run
+
+
+class Estimate(NamedTuple):
+    """Of one run."""
+
+    items: int | None = None  # prompts with their responses, to train on
+    steps: int | None = None  # of the optimizer, at most
+    parameters: int | None = None
+    trainable: int | None = None
+    gib: float | None = None  # weights, gradients, optimizer state, copy of the start; activations come on top
+
+
+def dry_run(tasks: Iterable[tuple[Task, dict[str, Any], Outcome | None]]) -> list[Outcome]:
+    """Print a table of runs, which are composed, or refused already; returns an outcome of each.
+
+    Reads each run's data as the run itself would, so malformed rows and unfit tokenizers are found here.
+    """
+    logging.getLogger("cdpo").setLevel(logging.WARNING)  # else the same is said of the data for every run
+    rows, outcomes, newest = [], [], dict[str, Any]()
+    for task, composed, refusal in tasks:
+        outcome, found = refusal or Outcome(task, state_of(task.directory), 0), Estimate()
+        if not refusal:
+            try:
+                found = estimate(composed, newest)
+            except Exception as error:
+                outcome = failure(task, error)
+        outcomes.append(outcome)
+        rows.append((task, found, "refused" if outcome.exit_code else outcome.ending))
+    show(rows)
+    for reason, count in Counter(outcome.ending for outcome in outcomes if outcome.exit_code).items():
+        print(f"{count} refused: {reason}")
+    return outcomes
+
+
+def estimate(composed: dict[str, Any], newest: dict[str, Any]) -> Estimate:
+    """What a run would take; empty for a task, which does not train. Neighbours in a grid share data: `newest`.
+
+    Raises what the run itself would, for its config, data, tokenizer and constraints.
+    """
+    quiet_libraries()
+    spec = read(composed)
+    if spec.task is not None:
+        return Estimate()
+    key = json.dumps([composed[name] for name in DATA])
+    if key not in newest:
+        newest.clear()
+        newest[key] = _data(spec)
+    data, tokenizer, train, held_out = newest[key]
+    items = len(train)
+    check_fit(spec.optimizer, spec.trainer, spec.constraint, items, len(held_out))
+    policy = outline(spec, tokenizer, data)
+    check_lengths(policy, longest(train + held_out))
+    numbers = sum(p.numel() for p in policy.parameters())
+    trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    gib = lasting(policy, spec.optimizer.states) / 2**30
+    return Estimate(items, spec.trainer.steps(items), numbers, trainable, gib)
+
+
+def _data(spec: Config) -> tuple[Any, Any, list[Item], list[Item]]:
+    """Rows, tokenizer, and the Items to train on and to hold out."""
+    data = spec.dataset.load(spec.seed)
+    tokenizer = spec.model.tokenizer(data)
+    with TemporaryDirectory() as folder:  # for data_report.json
+        train, held_out, *_ = tokens(spec, data, tokenizer, Path(folder), lambda *_: None, Ranks())
+    return data, tokenizer, train, held_out
+
+
+def state_of(folder: Path) -> str:
+    """What a run directory holds already."""
+    path = folder / "status.json"
+    state = read_json(path).get("state") if path.is_file() else None
+    if state in ("finished", "stopped_early"):
+        return "done before"
+    step = latest_step(folder / "checkpoints")
+    known = f"{state} before, " if state else ""
+    return f"{known}goes on from step {step}" if step >= 0 else f"{known}to do"
+
+
+def show(rows: Iterable[tuple[Task, Estimate, str]]) -> None:
+    """Print runs, what they would take, and their state."""
+    table = Table()
+    for name in ("run", *Estimate._fields, "state"):
+        table.add_column(name, overflow="fold", justify="left" if name in ("run", "state") else "right")
+    for task, found, state in rows:
+        table.add_row(task.directory.name, *map(_shown, found), state)
+    console = Console(highlight=False, markup=False)
+    console.print(table, width=console.width if console.is_terminal else 200, soft_wrap=not console.is_terminal)
+
+
+def _shown(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"

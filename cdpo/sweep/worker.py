@@ -1,0 +1,128 @@
+"""One task of a sweep in a process of its own: `python -m cdpo.sweep.worker FILE`, or forked, or started by SLURM.
+
+Sees plain values only. Under SLURM it also does what a signal calls for, once the run is saved.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cdpo.errors import Preempted, rank_0_says
+from cdpo.sweep.tasks import Task, done, failure, read_task, write_ending
+from cdpo.system.files import read_json, write_json
+from cdpo.system.rendezvous import place
+from cdpo.system.signals import Signals
+
+log = logging.getLogger(__name__)
+
+
+def carry_out(file: Path, threads: int | None = None) -> Exception | None:
+    """Do the run that `file` describes, and write beside it how it ended. Returns why it did not finish.
+
+    Of several ranks that were started with one file, only the first writes.
+    """
+    task, composed = read_task(file)
+    rank = place().rank
+    if rank:
+        logging.disable()
+    else:
+        _log_to(task.directory / "train.log")
+    outcome, error = done(task), None
+    try:
+        from cdpo.training.job import run
+
+        run(composed, task.directory, task.command, task.group, task.choices, threads)
+    except Exception as fault:
+        log.error("%s", fault)
+        error = fault.with_traceback(None)
+        if rank == 0:
+            outcome = failure(task, fault)
+        elif not rank_0_says(fault):
+            print(f"rank {rank}: {type(fault).__name__}: {fault}", file=sys.stderr)
+    if rank == 0:
+        write_ending(outcome, signal=getattr(error, "signal", None))
+    return error
+
+
+def _log_to(path: Path) -> None:
+    """Messages go to stderr and to the run's own log."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain, dated = logging.StreamHandler(), logging.FileHandler(path, delay=True)
+    dated.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[plain, dated], force=True)
+    logging.getLogger("cdpo").setLevel(logging.INFO)
+
+
+def _requeue(job: str, times: int = 5) -> None:
+    """Ask the controller to; a busy one may not answer at first. Raises what subprocess does if it never does."""
+    for again in range(times):
+        last = again + 1 == times
+        with suppress(*([] if last else [subprocess.CalledProcessError, subprocess.TimeoutExpired])):
+            subprocess.run(["scontrol", "requeue", job], timeout=20, check=True)
+            return
+        time.sleep(2)
+
+
+@dataclass
+class SlurmTask:
+    """What submitit calls on a node. SLURM starts it again after a requeue, and the run goes on from its checkpoint."""
+
+    file: str
+    max_requeues: int = 3
+    """requeues without a new step, after which the job fails"""
+
+    def __call__(self) -> None:
+        """Raises SystemExit with the run's exit code, so that SLURM says FAILED."""
+        with Signals():  # before the heavy imports; the run has its own within
+            error = carry_out(Path(self.file))
+            if isinstance(error, Preempted):
+                self._stop(error.signal)
+        if error is not None:
+            sys.exit(getattr(error, "exit_code", 1))
+
+    def checkpoint(self, *_: Any, **__: Any) -> Any:
+        """For a USR2 that comes before the call above: submitit requeues what can be checkpointed."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+    def _stop(self, signal: str | None) -> None:
+        """SIGTERM: wait for the kill; who ends early was COMPLETED or FAILED, and a preempted job is not requeued.
+
+        USR1, USR2: time is up; requeue. Never after SIGTERM, which scancel sends too: a requeue would revive the job.
+        """
+        task, _ = read_task(Path(self.file))
+        if signal in ("SIGUSR1", "SIGUSR2") and (place().rank or self._may_requeue(task)):
+            if place().rank == 0:
+                _requeue(os.environ["SLURM_JOB_ID"])
+            log.info("requeued; waiting to be stopped")
+            time.sleep(600)
+        elif signal == "SIGTERM":
+            log.info("saved; waiting to be stopped")
+            time.sleep(3600)
+
+    def _may_requeue(self, task: Task) -> bool:
+        """Whether steps advanced since the last requeue, or it was not asked for too often without; counts it."""
+        from cdpo.system.checkpoint import latest_step
+
+        path, step = task.file(".requeues"), latest_step(task.directory / "checkpoints")
+        before = read_json(path) if path.is_file() else {"step": -1, "without_progress": 0, "total": 0}
+        idle = 0 if step > before["step"] else before["without_progress"] + 1
+        if idle > self.max_requeues:
+            log.error("not requeued: %d times without a new step; give it more time (hydra.launcher.timeout_min)", idle)
+            return False
+        write_json(path, {"step": step, "without_progress": idle, "total": before["total"] + 1})
+        return True
+
+
+if __name__ == "__main__":
+    problem = carry_out(Path(sys.argv[1]))
+    sys.exit(getattr(problem, "exit_code", 1) if problem else 0)

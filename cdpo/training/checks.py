@@ -1,0 +1,61 @@
+"""What can be said of a config before any data is read: of which kind its objects are, and what does not go together.
+
+Raises ConfigError with what to change; nothing here trains or writes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cdpo.config import read as config
+from cdpo.constraints.constraint import Constraint, check
+from cdpo.errors import ConfigError
+from cdpo.model.tabular import Tabular
+
+
+def read(composed: dict[str, Any]) -> config.Config:
+    """A config's objects, checked as far as no data is needed. Raises ConfigError."""
+    spec = config.read(composed)
+    _check_kinds(spec)
+    _check_drawn(spec)
+    check(spec.constraint, lbfgs=spec.optimizer.full_batch, fsdp=spec.trainer.distributed == "fsdp")
+    if spec.trainer.distributed == "fsdp":
+        _check_fsdp(spec)
+    if spec.trainer.compile and isinstance(spec.model, Tabular):
+        raise ConfigError("model=tabular has no decoder layers, which trainer.compile needs; set it to false")
+    return spec
+
+
+def _check_drawn(spec: config.Config) -> None:
+    """ConfigError where a loss takes pairs for drawn from what they were not drawn from."""
+    drawn = getattr(spec.loss, "drawn", None)
+    sampling = getattr(spec.dataset, "sampling", "uniform")  # of other data with rewards, every pair stands
+    if drawn is None or drawn == sampling == "uniform" or (drawn == sampling and isinstance(spec.model, Tabular)):
+        return
+    where, advice = sampling, f"loss.drawn={sampling}"
+    if sampling == "reference" and not isinstance(spec.model, Tabular):
+        where, advice = "from the world's table, not this model", "loss.drawn=uniform dataset.sampling=uniform"
+    raise ConfigError(f"loss.drawn={drawn}, but the pairs are drawn {where}: set {advice}")
+
+
+def _check_fsdp(spec: config.Config) -> None:
+    """ConfigError for what does not work on shards."""
+    refused = {
+        "optimizer=lbfgs": spec.optimizer.full_batch,
+        "model=tabular": not hasattr(spec.model, "attention") and not hasattr(spec.model, "layers"),
+        "trainer.samples": spec.trainer.samples > 0,
+        "trainer.compile": spec.trainer.compile,
+    }
+    if names := [name for name, found in refused.items() if found]:
+        raise ConfigError(f"trainer.distributed=fsdp does not go with {', '.join(names)}; use trainer.distributed=ddp")
+
+
+def _check_kinds(spec: config.Config) -> None:
+    """ConfigError if a group holds something of another kind, or nothing."""
+    kinds = {"model": "load", "dataset": "load", "loss": "unit", "optimizer": "build", "logger": "start"}
+    for group, method in kinds.items():
+        if not hasattr(getattr(spec, group), method):
+            raise ConfigError(f"{group}={getattr(spec, group)!r} is no {group}: choose one of conf/{group}/")
+    for name, constraint in spec.constraint.items():
+        if not isinstance(constraint, Constraint):
+            raise ConfigError(f"constraint.{name}={constraint!r} is no constraint: choose with constraint={name}")

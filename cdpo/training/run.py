@@ -1,0 +1,170 @@
+"""What a training run is made of, what it must remember between two steps, and how it is saved and restored."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.optim import Optimizer
+
+from cdpo.config.read import Trainer
+from cdpo.constraints.constraint import Constraint
+from cdpo.data.packing import Plan
+from cdpo.errors import ConfigError
+from cdpo.model.change import Change
+from cdpo.model.reference import Scored
+from cdpo.optim import Schedule
+from cdpo.system import checkpoint
+from cdpo.system.ranks import ALONE, Ranks, like, whole_tree
+from cdpo.system.signals import Signals
+from cdpo.training.evaluation import reward_scale
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class State:
+    """What the loop itself must remember between two steps; tensors, generators and constraints are saved beside it."""
+
+    step: int = 0  # optimizer steps done
+    looked: int = -1  # the last step after which the run was looked at: evaluated if due, asked whether to stop
+    tokens: int = 0  # encoded in training so far
+    ratio_sum: float = 0.0  # of the mean log-ratio of each step, nats
+    stopped: str | None = None  # why training stopped before its last step
+    fresh: dict[str, float] = field(default_factory=dict)  # metrics of the step just done
+    last: dict[str, float] = field(default_factory=dict)  # newest value of every metric
+
+    @property
+    def baseline(self) -> float:
+        """Mean log-ratio over the pairs of all earlier steps, nats: what Logps.baseline holds."""
+        return self.ratio_sum / self.step if self.step else 0.0
+
+
+@dataclass
+class Run:
+    """One training run: a policy that starts as the reference, what it learns from, and what holds it back."""
+
+    policy: Any  # wrapped by the constraints already
+    tokenizer: Any
+    train: Scored
+    held_out: Scored
+    loss: Any
+    constraints: dict[str, Constraint]
+    optimizer: Schedule
+    trainer: Trainer
+    beta: float  # of the objective J
+    seed: int
+    folder: Path
+    accelerator: Accelerator
+    signals: Signals
+    logger: Any
+    composed: dict[str, Any]  # the config, for the logger's copy
+    group: str | None = None  # the sweep that the run belongs to, for the logger's copy
+    data_rates: dict[str, float] = field(default_factory=dict)  # shares of rows cut and dropped, logged with each step
+    ranks: Ranks = ALONE
+
+    def __post_init__(self) -> None:
+        items, trainer = self.train.items, self.trainer
+        size, steps = trainer.size(len(items)), trainer.steps(len(items))
+        check_fit(self.optimizer, trainer, self.constraints, len(items), len(self.held_out.items))
+        sizes = [item.tokens for item in items]
+        self.weights = [sum(pair.weight for pair in item.pairs) if self.loss.unit == "pair" else 1.0 for item in items]
+        self.plan = Plan(sizes, size, steps, self.seed, trainer.budget)
+        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ConfigError("no parameter is left to train: loosen the constraint")
+        if any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters):
+            log.warning(
+                "weights in 16 bits are trained: steps below 1/256 of a weight round away. "
+                "Set model.dtype=float32 trainer.autocast=true, or train a LoRA, whose factors are float32"
+            )
+        self.optim: Optimizer = self.optimizer.build(self.parameters)
+        self.change = Change(self.policy)
+        self.autocast = self.accelerator.autocast if self.trainer.autocast else nullcontext  # which costs nothing
+        self.reads_baseline = getattr(self.loss, "reads_baseline", False)
+        self.betas = (reward_scale(self.loss, self.beta), self.beta)  # of the implicit reward, of the objective J
+        self.state = State()
+        for constraint in self.constraints.values():
+            constraint.begin(self.policy, self.change)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last step is done, or a constraint has stopped training."""
+        return self.state.step == self.plan.steps or self.state.stopped is not None
+
+    def context(self) -> dict[str, Any]:
+        """The training state that a loss may read."""
+        baseline = self.state.baseline if self.reads_baseline else None
+        return {"progress": self.state.step / self.plan.steps, "baseline": baseline}
+
+
+def check_fit(
+    optimizer: Schedule, trainer: Trainer, constraints: dict[str, Constraint], items: int, held_out: int
+) -> None:
+    """ConfigError for what does not go with so many Items."""
+    if optimizer.full_batch and trainer.size(items) < items:
+        raise ConfigError("optimizer=lbfgs needs the full batch: set trainer.batch_size=null")
+    for name, constraint in constraints.items():
+        watched = getattr(constraint, "metric", None)
+        if watched and not held_out:
+            raise ConfigError(f"constraint {name} watches {watched}, but no rows are held out")
+
+
+def snapshot(run: Run) -> dict[str, Any]:
+    """Everything that changes the trajectory; all ranks must ask for it together, the first gets it complete."""
+    rng, *others = run.ranks.gather(checkpoint.rng_state())
+    state = {
+        "state": vars(run.state),
+        "data": [run.train.fingerprint(), run.held_out.fingerprint()],
+        "parameters": {name: p for name, p in run.policy.named_parameters() if p.requires_grad},
+        "optimizer": run.optim.state_dict(),
+        "constraints": {name: constraint.state_dict() for name, constraint in run.constraints.items()},
+        "rng": rng,
+        "rng_of_other_ranks": others,
+    }
+    return whole_tree(state, keep=run.ranks.first)  # type: ignore[no-any-return]
+
+
+def restore(run: Run, checkpoints: Path) -> int:
+    """Put the run back to its newest checkpoint. Returns that step, or -1 where there is none.
+
+    Raises ConfigError if the checkpoint is of other data or of other parameters, or not the same on all ranks.
+    """
+    found = checkpoint.newest(checkpoints)
+    if len(set(steps := run.ranks.gather(found and found[0]))) > 1:
+        raise ConfigError(f"{checkpoints}: the ranks see checkpoints of steps {steps}; output_root must be shared")
+    if found is None:
+        return -1
+    step, saved = found
+    parameters = {name: p for name, p in run.policy.named_parameters() if p.requires_grad}
+    if saved["data"] != [run.train.fingerprint(), run.held_out.fingerprint()]:
+        raise ConfigError(f"{checkpoints}: the data or its tokens have changed since step {step}")
+    if saved["parameters"].keys() != parameters.keys():
+        raise ConfigError(f"{checkpoints}: the trained parameters have changed since step {step}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(like(saved["parameters"][name], parameter))
+    run.optim.load_state_dict(_laid_out(saved["optimizer"], run.parameters))
+    for name, constraint in run.constraints.items():
+        constraint.load_state_dict(saved["constraints"][name])
+    vars(run.state).update(saved["state"])
+    rngs = [saved["rng"], *saved.get("rng_of_other_ranks", [])]
+    if len(rngs) == run.ranks.size:
+        checkpoint.set_rng_state(rngs[run.ranks.rank])
+    log.info("resumed from step %d", step)
+    return step
+
+
+def _laid_out(optimizer: dict[str, Any], parameters: list[Tensor]) -> dict[str, Any]:
+    """An optimizer's state, whose tensors are whole, as its parameters lie on the ranks."""
+    state = {
+        i: {key: like(value, parameters[i]) if isinstance(value, Tensor) else value for key, value in entry.items()}
+        for i, entry in optimizer["state"].items()
+    }
+    return {**optimizer, "state": state}
