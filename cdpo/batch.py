@@ -80,6 +80,14 @@ class Batch:
         }
         return replace(self, **moved)
 
+    def logps(self, policy: Tensor, **state: Any) -> Logps:
+        """What a loss is given: the policy's log-probs [S] beside the batch's constants, in float64 from here on.
+
+        `state` is what else a loss may read: `progress` and `baseline` of `Logps`.
+        """
+        names = ("reference", "length", "item", "pairs", "preference", "weight", "rewards", "fitted", "sources", "soft")
+        return Logps(policy.double(), **{name: getattr(self, name) for name in names}, **state)
+
 
 @dataclass(frozen=True)
 class Logps:
@@ -116,6 +124,42 @@ class Logps:
         """Log-ratio of the winner minus log-ratio of the loser, nats. [P]"""
         winner, loser = self.of_pairs(self.log_ratio())
         return winner - loser
+
+    @property
+    def items(self) -> int:
+        """I, the number of Items; known without waiting for a GPU where the Items are named."""
+        return len(self.sources) or int(self.item.max()) + 1
+
+    def sum_by_item(self, values: Tensor) -> Tensor:
+        """Sums over the responses of each Item. [S] -> [I]"""
+        return values.new_zeros(self.items).index_add(0, self.item, values)
+
+    def log_softmax_by_item(self, values: Tensor) -> Tensor:
+        """Log-probs of every response among the responses of its own Item, in float32 or better. [S] -> [S]"""
+        values = values if values.dtype == torch.float64 else values.float()
+        detached = values.detach()
+        largest = detached.new_full((self.items,), -torch.inf).scatter_reduce(0, self.item, detached, "amax")
+        shifted = values - largest[self.item]  # the largest is 0, so exp cannot overflow and the sum is at least 1
+        return shifted - self.sum_by_item(shifted.exp()).log()[self.item]
+
+    def renormalised(self) -> Logps:
+        """Policy and reference as distributions over each Item's K responses: pi(k) = softmax_k log pi_theta(y_k|x).
+
+        Margins do not change, since the normaliser cancels; expectations over the responses become exact sums.
+        """
+        return replace(
+            self,
+            policy=self.log_softmax_by_item(self.policy),
+            reference=self.log_softmax_by_item(self.reference),
+        )
+
+    def candidate_kl(self) -> Tensor:
+        """KL(policy || reference) in nats, both renormalised on each Item's responses; exact, differentiable. [I]
+
+        On the K = 2 responses of a pair it is the KL between two coins.
+        """
+        shares = self.renormalised()
+        return self.sum_by_item(shares.policy.exp() * shares.log_ratio())
 
     def chosen_first(self) -> Logps:
         """Every pair turned so that its winner is preferred with p >= 1/2; where p is 1/2 the order is the data's."""

@@ -1,4 +1,4 @@
-"""The command line, cdpo-train: Hydra's main, exit codes, the table after a sweep. Only here is there a DictConfig.
+"""The command line, cdpo-train: Hydra's main, messages and exit codes. Only here and in config/ is there a DictConfig.
 
 torch and transformers are imported inside functions, so that --help and --cfg job answer at once.
 """
@@ -10,7 +10,7 @@ import math
 import os
 import re
 import sys
-import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,65 +24,20 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from cdpo.config import read as config
+from cdpo.config.build import CONF, nearest
 from cdpo.config.compose import composed_of, task_of
-from cdpo.errors import CdpoError, ConfigError, DiskError, Preempted, rank_0_says
-from cdpo.sweep.tasks import ALONE, OUTCOMES, Outcome, Task, done, end, failure, forget, sweeps
+from cdpo.config.help import answer
+from cdpo.config.task import Task
+from cdpo.errors import CdpoError, ConfigError, DiskError, rank_0_says
 from cdpo.system.rendezvous import place
 
-
-@hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")
-def _job(cfg: DictConfig) -> None:
-    """One run in this process: alone, or of a sweep with hydra/launcher=basic. Others do as cdpo.work does."""
-    task = task_of(cfg)
-    here = place()
-    if here.rank:
-        logging.disable()  # rank 0 says it
-    if any(outcome.exit_code == Preempted.exit_code for outcome in OUTCOMES):
-        raise Preempted("the sweep was asked to stop")
-    try:
-        composed = composed_of(cfg)
-        if task.sweep and here.size > 1:
-            raise ConfigError(ALONE)
-        if cfg.dry_run:
-            _dry_run(task, composed)
-            return
-        from cdpo.training.job import run
-
-        summary = run(composed, task.directory, task.command, task.group, task.choices)
-    except Exception as error:
-        OUTCOMES.append(failure(task, error) if here.rank == 0 else Outcome(task, str(error), 1))
-        raise error.with_traceback(None) if task.sweep else error  # noqa: B904
-    OUTCOMES.append(done(task))
-    if here.rank == 0:
-        _show(summary, task.directory)
-
-
-def _dry_run(task: Task, composed: dict[str, Any]) -> None:
-    from cdpo.sweep.estimate import estimate, show, state_of
-
-    show([(task, estimate(composed, {}), state_of(task.directory))])
-    forget(task.directory)
-
-
-def _show(summary: dict[str, Any], folder: Path) -> None:
-    from cdpo.system.progress import summary_table
-
-    names = (
-        "objective/attained",
-        "eval/loss",
-        "eval/rewards/accuracies",
-        "eval/rewards/accuracies_stderr",
-        "eval/rewards/margins",
-    )
-    common = ("state", "step", "reference", "trainable", "change/norm", "change/effective_rank")
-    rows = {key: summary[key] for key in common if key in summary}  # a task has no more than its metrics
-    rows |= summary["metrics"] if "step" not in summary else {}
-    rows |= {name: value for name in names if (value := summary["metrics"].get(name, math.nan)) == value}
-    rows |= {
-        f"constraint/{c}/{key}": v for c, report in summary.get("constraint", {}).items() for key, v in report.items()
-    }
-    summary_table(rows | {"directory": str(folder)}, title=folder.name)
+SHOWN = (  # metrics in the table at the end of a run
+    "objective/attained",
+    "eval/loss",
+    "eval/rewards/accuracies",
+    "eval/rewards/accuracies_stderr",
+    "eval/rewards/margins",
+)
 
 
 def main() -> None:
@@ -91,49 +46,79 @@ def main() -> None:
     A sweep returns 1 if any of its runs failed. CDPO_DEBUG=1 shows tracebacks.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, and they are shown here in a few lines
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(_help())
-        return
-    sys.argv[1:] = _with_model_group(sys.argv[1:])
     try:
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            print(answer(sys.argv[1:]))
+            return
+        sys.argv[1:] = with_model_group(sys.argv[1:])
         _job()
     except Exception as error:
         if os.environ.get("CDPO_DEBUG") == "1":
             raise
-        code = _explain(error, quiet=bool(sweeps()))
-        sys.exit(end() if sweeps() else code)
-    if sweeps():
-        sys.exit(end())
+        sys.exit(_explain(error))
 
 
-def _help() -> str:
-    """Groups with their choices. Ours, as Hydra takes over a second to list them."""
-    groups = sorted(path for path in config.CONF.iterdir() if path.name != "hydra" and any(path.glob("*.yaml")))
-    choices = (f"  {group.name}={', '.join(sorted(path.stem for path in group.glob('*.yaml')))}" for group in groups)
-    return "\n".join(
-        [
-            "cdpo-train [-m] [GROUP=CHOICE ...] [KEY=VALUE ...]",
-            "",
-            "Train a policy on preferences, with a loss, under constraints. Started again, a run goes on where it was.",
-            "",
-            *(textwrap.fill(line, 110, subsequent_indent="    ", break_on_hyphens=False) for line in choices),
-            "",
-            "  constraint=[a,b]      several constraints at once",
-            "  -m KEY=a,b seed=0,1   a sweep: one run for every combination, each in its own directory",
-            "  --cfg job             print every key with its value, and train nothing",
-            "  --hydra-help          Hydra's own options",
-        ]
-    )
-
-
-def _with_model_group(arguments: list[str]) -> list[str]:
+def with_model_group(arguments: list[str]) -> list[str]:
     """`model.name_or_path=X` alone means `model=hf model.name_or_path=X`: the tiny default has no such key."""
     chosen = any(argument.startswith("model=") for argument in arguments)
     named = [i for i, argument in enumerate(arguments) if argument.startswith("model.name_or_path=")]
     return [*arguments[: named[0]], "model=hf", *arguments[named[0] :]] if named and not chosen else arguments
 
 
-def _explain(error: Exception, quiet: bool) -> int:
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def _job(cfg: DictConfig) -> None:
+    """One run in this process. The runs of a sweep are carried out by cdpo.sweep."""
+    task = task_of(cfg)
+    if task.sweep:
+        raise ConfigError("a sweep needs hydra/launcher=local or slurm: with others its runs would share one process")
+    if place().rank:
+        logging.disable()  # rank 0 says it
+    try:
+        task = replace(task, composed=composed_of(cfg))
+        _dry_run(task) if cfg.dry_run else _run(task)
+    except Exception as error:
+        from cdpo.sweep.tasks import failure
+
+        if place().rank == 0:
+            failure(task, error)  # leaves no directory in which nothing was begun
+        if isinstance(error, (CdpoError, OSError, HydraException, OmegaConfBaseException)):
+            raise
+        raise CdpoError(f"{type(error).__name__}: {error} (CDPO_DEBUG=1 shows the traceback)") from error
+
+
+def _run(task: Task) -> None:
+    from cdpo.training.job import run
+
+    summary = run(task)
+    if place().rank == 0:
+        _show(summary, task.directory)
+
+
+def _dry_run(task: Task) -> None:
+    from cdpo.sweep.estimate import estimate, show, state_of
+    from cdpo.training.directory import RunDirectory
+
+    show([(task, estimate(task.composed, {}), state_of(task))])
+    RunDirectory(task.directory).forget_bare()
+
+
+def _show(summary: dict[str, Any], folder: Path) -> None:
+    """The table at the end of a run."""
+    from cdpo.system.progress import summary_table
+
+    common = ("state", "step", "reference", "trainable", "change/norm", "change/effective_rank")
+    rows = {key: summary[key] for key in common if key in summary}  # a task has no more than its metrics
+    rows |= summary["metrics"] if "step" not in summary else {}
+    rows |= {name: value for name in SHOWN if (value := summary["metrics"].get(name, math.nan)) == value}
+    reports = summary.get("constraint", {}).items()
+    rows |= {f"constraint/{name}/{key}": value for name, report in reports for key, value in report.items()}
+    summary_table(rows | {"directory": str(folder)}, title=folder.name)
+
+
+# ------------------------------------------------------------------------------------------------------------ messages
+
+
+def _explain(error: Exception) -> int:
     """Print what, where and what to do, in a few lines; returns the exit code."""
     if isinstance(error, CdpoError):
         message, code = str(error), error.exit_code
@@ -141,12 +126,10 @@ def _explain(error: Exception, quiet: bool) -> int:
         message, code = _composition(error), ConfigError.exit_code
     elif isinstance(error, OSError):
         message, code = str(error), DiskError.exit_code
-    elif not OUTCOMES:  # no run was begun: Hydra could not compose
+    else:  # no run was begun: Hydra could not compose
         message, code = str(error), ConfigError.exit_code
-    else:
-        message, code = f"{type(error).__name__}: {error} (CDPO_DEBUG=1 shows the traceback)", 1
     rank = place().rank
-    if not quiet and not (rank and rank_0_says(error)):
+    if not (rank and rank_0_says(error)):
         print(f"cdpo-train: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr)
     return code
 
@@ -155,8 +138,8 @@ def _composition(error: Exception) -> str:
     """Hydra's message, with the nearest valid name where a key or a choice is unknown."""
     if isinstance(error, MissingConfigException) or "Could not load" in str(error):
         group, _, choice = (re.findall(r"'([^']+/[^']+)'", str(error)) or ["/"])[-1].rpartition("/")
-        options = sorted(path.stem for path in (config.CONF / group).glob("*.yaml"))
-        return f"{group}={choice} does not exist{config.nearest(choice, options)}; there are {', '.join(options)}"
+        options = _options(group)
+        return f"{group}={choice} does not exist{nearest(choice, options)}; there are {', '.join(options)}"
     if isinstance(error, InterpolationResolutionError):
         return str(error).splitlines()[0].rpartition("interpolation: ")[2]
     inner = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
@@ -165,15 +148,23 @@ def _composition(error: Exception) -> str:
         return f"{key} has no default: set {key}=..."
     if isinstance(inner, ConfigAttributeError) and key and parent is not None:
         known = [str(name) for name in parent]
-        return f"unknown key {key}{config.nearest(str(inner.key), known)}; there are {', '.join(known)}"
+        return f"unknown key {key}{nearest(str(inner.key), known)}; there are {', '.join(known)}"
     if absent := re.match(r"Could not override '(constraint\.(\w+)\.[\w.]+)'", str(error)):
-        key, choice = absent.groups()
-        options = sorted(path.stem for path in (config.CONF / "constraint").glob("*.yaml"))
-        if choice in options:
-            return f"{key} is set, but constraint={choice} is not chosen: add constraint={choice}, or leave the key out"
-        near = config.nearest(choice, options)
-        return f"{key} is set, but no constraint is called {choice}{near}; there are {', '.join(options)}"
+        return _no_such_constraint(*absent.groups())
     return str(error).strip().splitlines()[0]
+
+
+def _no_such_constraint(key: str, choice: str) -> str:
+    options = _options("constraint")
+    if choice in options:
+        return f"{key} is set, but constraint={choice} is not chosen: add constraint={choice}, or leave the key out"
+    return (
+        f"{key} is set, but no constraint is called {choice}{nearest(choice, options)}; there are {', '.join(options)}"
+    )
+
+
+def _options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ import random
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
-from cdpo.model import attention
 from cdpo.batch import Item, Pair
-from cdpo.model.pretrained import HuggingFace, Tiny
 from cdpo.data.rows import Data, Ledger
+from cdpo.model import attention
+from cdpo.model.pretrained import HuggingFace
+from cdpo.model.tiny import Tiny
 
 VOCABULARY = 258  # bytes, an end and a pad
 POSITIONS = 64

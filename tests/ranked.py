@@ -26,11 +26,12 @@ def together(jobs: list[dict[str, Any]], folder: Path, ranks: int = 2, timeout: 
 
 
 def _do(job: dict[str, Any]) -> None:
-    from cdpo.training import loop as engine
-    from cdpo.training import job as jobs
-    from cdpo.errors import CdpoError
+    from composing import train
 
-    real = engine._add_up
+    from cdpo.errors import CdpoError
+    from cdpo.training import loop
+
+    real = loop.accumulate
     rank = int(os.environ["RANK"])
 
     def faulty(run: Any, *rest: Any) -> None:
@@ -40,14 +41,14 @@ def _do(job: dict[str, Any]) -> None:
                 raise RuntimeError("on purpose")
             os.kill(os.getpid(), getattr(signal, job["fault"]))
 
-    engine._add_up = faulty
+    loop.accumulate = faulty
     try:
-        jobs.run(job["config"], Path(job["folder"]))
+        train(job["config"], Path(job["folder"]))
     except (CdpoError, RuntimeError) as error:
         ending = {"ending": f"{type(error).__name__}: {error}"}
         Path(f"{job['folder']}.rank{rank}.json").write_text(json.dumps(ending))
     finally:
-        engine._add_up = real
+        loop.accumulate = real
 
 
 def _check_threads() -> None:

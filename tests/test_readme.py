@@ -17,10 +17,10 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from cdpo import errors
-from cdpo.config import read as config
-from cdpo.data.sources import Jsonl
-from cdpo.train import _with_model_group
+from cdpo.config import build as config
 from cdpo.data.bandit import Bandit
+from cdpo.data.sources import Jsonl
+from cdpo.train import with_model_group
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,7 +52,7 @@ def jobs(line):
     folder = words.pop(words.index("--config-dir") + 1) if "--config-dir" in words else None
     overrides = [word for word in words if not word.startswith("-")]
     if "-m" not in words:
-        return [_with_model_group(overrides)], folder
+        return [with_model_group(overrides)], folder
     return BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)[0], folder
 
 
@@ -86,7 +86,7 @@ def test_a_command_composes_and_builds(line, mine):
     overrides, folder = jobs(line)
     search = [f"hydra.searchpath=[file://{mine.parent / folder}]"] if folder else []
     for job in overrides:
-        spec = config.read(composed(*job, *search))
+        spec = config.build(composed(*job, *search))
         wanted = dict(override.split("=", 1) for override in job)
         if "constraint" in wanted:
             assert sorted(spec.constraint) == sorted(set(wanted["constraint"].strip("[]").split(",")) - {"none"})

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cdpo import train
-from cdpo.sweep.tasks import OUTCOMES
+from cdpo.config.build import CONF
 
 QUICK = ["logger=none", "model=tabular", "trainer.max_steps=3", "dataset.prompts=3", "dataset.alphabet=3"]
 
@@ -25,7 +25,6 @@ def cdpo_train(tmp_path, monkeypatch, capsys):
 
     def run(*arguments: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["cdpo-train", *arguments, f"output_root={tmp_path}/out"])
-        OUTCOMES.clear()
         before = set(logging.getLogger().handlers)
         try:
             train.main()
@@ -53,7 +52,8 @@ def cdpo_train(tmp_path, monkeypatch, capsys):
         (["constraint=lora_r9"], 2, "constraint=lora_r9 does not exist, did you mean lora_r8?"),
         (["constraint=[l2_ball,lora_r9]"], 2, "constraint=lora_r9 does not exist, did you mean lora_r8?"),
         (["constraint.lora_r8.rank=2"], 2, "but constraint=lora_r8 is not chosen: add constraint=lora_r8, or leave"),
-        (["constraint.lora.rank=2"], 2, "no constraint is called lora, did you mean lora_r8?; there are bias_only, "),
+        (["constraint.loora.rank=2"], 2, "no constraint is called loora, did you mean lora?; there are bias_only, "),
+        (["constraint=lora"], 2, "constraint.lora.rank has no default: set constraint.lora.rank=..."),
         (["experiment=theorie"], 2, "experiment=theorie does not exist, did you mean theory?; there are ball_sweep, "),
         (["~model"], 2, "missing 1 required positional argument: 'model'"),
         (["optimizer.learning_rate=1e-4x"], 2, "optimizer.learning_rate='1e-4x'"),
@@ -142,9 +142,9 @@ def test_a_sweep_twice_trains_nothing_twice(cdpo_train, tmp_path):
 
 
 def test_model_name_alone_chooses_the_hf_group():
-    assert train._with_model_group(["model.name_or_path=x"]) == ["model=hf", "model.name_or_path=x"]
+    assert train.with_model_group(["model.name_or_path=x"]) == ["model=hf", "model.name_or_path=x"]
     chosen = ["model=gpt2", "model.name_or_path=x"]
-    assert train._with_model_group(chosen) == chosen
+    assert train.with_model_group(chosen) == chosen
 
 
 def test_dataset_limits_that_a_model_cannot_hold_are_refused(cdpo_train, tmp_path):
@@ -257,7 +257,7 @@ def test_a_config_error_leaves_no_empty_directory(cdpo_train, tmp_path):
 def test_help_names_every_group_and_choice(cdpo_train):
     code, text = cdpo_train("--help")
     words = set(text.replace("=", " ").replace(",", " ").split())
-    shipped = {path.stem for path in train.config.CONF.glob("*/*.yaml") if path.parent.name != "hydra"}
+    shipped = {path.stem for path in CONF.glob("*/*.yaml") if path.parent.name != "hydra"}
     assert code == 0
     assert shipped <= words
     assert {"model", "dataset", "loss", "constraint", "optimizer", "logger"} <= words

@@ -1,4 +1,4 @@
-"""Hydra's config to a Task and to plain values, which any process can carry out; and the names of directories.
+"""Hydra's config to a Task in plain values, which any process can carry out; and the names of directories.
 
 Only here, in train.py and in launch/ is there a DictConfig. Imports no torch.
 """
@@ -14,17 +14,19 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from cdpo.config import read as config
+from cdpo.config.build import CONF
+from cdpo.config.identity import run_name
+from cdpo.config.schema import check_name
+from cdpo.config.task import Task
 from cdpo.errors import ConfigError
-from cdpo.sweep.tasks import Task
 
 
 def task_of(cfg: DictConfig) -> Task:
-    """The run that Hydra is at, whose config without the hydra node is `cfg`."""
+    """The run that Hydra is at, whose config without the hydra node is `cfg`, its config still to be resolved."""
     settings = HydraConfig.get()
     sweep = Path(settings.sweep.dir).resolve() if settings.mode == RunMode.MULTIRUN else None
     command = shlex.join(["cdpo-train", *["-m"] * bool(sweep), *settings.overrides.task])
-    return Task(Path(settings.runtime.output_dir).resolve(), sweep, command, _chosen(cfg))
+    return Task(Path(settings.runtime.output_dir).resolve(), {}, command, _chosen(cfg), sweep)
 
 
 def composed_of(cfg: DictConfig) -> dict[str, Any]:
@@ -72,21 +74,21 @@ def _plain(root: Any) -> dict[str, Any]:
 
 
 def _run_name(*, _root_: DictConfig) -> str:
-    return config.run_name(_plain(_root_), _choices(_root_))
+    return run_name(_plain(_root_), _choices(_root_))
 
 
 def _run_dir(*, _root_: DictConfig) -> str:
-    config.check_name(_root_.name)  # before Hydra makes the directory
+    check_name(_root_.name)  # before Hydra makes the directory
     return str(Path(str(_root_.output_root)) / str(_root_.name or _run_name(_root_=_root_)))
 
 
 def _sweep_dir(*, _root_: DictConfig) -> str:
-    config.check_name(_root_.name)
+    check_name(_root_.name)
     return str(Path(str(_root_.output_root), *([str(_root_.name)] if _root_.name else [])))
 
 
 def _world(name: str) -> str:
-    return str(config.CONF / "worlds" / f"{name}.json")
+    return str(CONF / "worlds" / f"{name}.json")
 
 
 RESOLVERS: dict[str, Any] = {"run_name": _run_name, "run_dir": _run_dir, "sweep_dir": _sweep_dir, "world": _world}

@@ -10,7 +10,6 @@ from typing import Literal
 from torch import Tensor, nn
 
 from cdpo.batch import Logps
-from cdpo.candidates import candidate_kl
 from cdpo.constraints.constraint import Constraint
 from cdpo.errors import ConfigError
 
@@ -53,7 +52,7 @@ class EarlyStop(Constraint):
         self.best = math.inf if self.mode == "min" else -math.inf
 
     def measure(self, logps: Logps) -> dict[str, Tensor]:
-        return {} if self.kl is None else {"early_stop/kl": candidate_kl(logps).detach()}
+        return {} if self.kl is None else {"early_stop/kl": logps.candidate_kl().detach()}
 
     def after_step(self, model: nn.Module, metrics: Mapping[str, float]) -> None:
         self.last_kl = metrics.get("early_stop/kl", 0.0)

@@ -11,6 +11,7 @@ from torch import nn
 from cdpo.constraints.constraint import Constraint
 from cdpo.constraints.lora import LoRA
 from cdpo.errors import ConfigError
+from cdpo.model.layers import decoder_layers
 
 
 def keep_only(model: nn.Module, names: set[str]) -> int:
@@ -21,14 +22,6 @@ def keep_only(model: nn.Module, names: set[str]) -> int:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("every parameter is frozen; nothing is left to train")
     return sum(parameter.numel() for parameter in frozen)
-
-
-def decoder_layers(model: nn.Module, wanted: str = "this setting needs") -> nn.ModuleList:
-    """The stack of decoder layers. ConfigError if the model has none, with what `wanted` them and what to change."""
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    if not stacks:
-        raise ConfigError(f"this model has no decoder layers, which {wanted}")
-    return max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
 
 
 @dataclass

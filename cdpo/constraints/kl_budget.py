@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from cdpo.batch import Logps
-from cdpo.candidates import candidate_kl
 from cdpo.constraints.constraint import Constraint
 
 
@@ -18,7 +17,7 @@ class KLBudget(Constraint):
     """The KL of the policy to the reference is driven to at most `budget` nats per Item by a Lagrange multiplier.
 
     Dual ascent: the loss gains multiplier * KL, and after every step multiplier <- max(0, multiplier + rate * (KL -
-    budget)). The KL is `candidate_kl`, exact on each Item's responses. It holds in the limit, not at every step.
+    budget)). The KL is `Logps.candidate_kl`, exact on each Item's responses. It holds in the limit, not at every step.
     """
 
     budget: float  # nats per Item
@@ -37,10 +36,10 @@ class KLBudget(Constraint):
         return "two multipliers for one KL; keep the smaller budget" if isinstance(other, KLBudget) else ""
 
     def penalty(self, logps: Logps) -> Tensor:
-        return self.multiplier * candidate_kl(logps)
+        return self.multiplier * logps.candidate_kl()
 
     def measure(self, logps: Logps) -> dict[str, Tensor]:
-        return {"kl_budget/kl": candidate_kl(logps).detach()}
+        return {"kl_budget/kl": logps.candidate_kl().detach()}
 
     def after_step(self, model: nn.Module, metrics: Mapping[str, float]) -> None:
         self.kl = metrics["kl_budget/kl"]

@@ -1,18 +1,22 @@
-"""Items -> Batches, and the order in which training sees them.
+"""Items to Batches, and the order in which training sees them.
 
 A plan depends on the seed and the step only, so a resume replays nothing. Nothing here knows of models or losses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from cdpo.batch import Batch, Item
+
+KEPT = 64  # batches that are kept for the next time they are asked for
 
 
 def pack(items: Sequence[Item], reference: Sequence[Tensor] | None = None, padded: bool = False) -> Batch:
@@ -95,6 +99,41 @@ def _padded_rows(items: Sequence[Item]) -> dict[str, Tensor]:
     }
 
 
+@dataclass(eq=False)
+class Scored:
+    """Items and, response by response, what the reference says of them."""
+
+    items: list[Item]
+    padded: bool  # layout: padded rows, for models that cannot attend over trees
+    device: torch.device
+    reference: list[Tensor] = field(default_factory=list)  # per Item: [K] nats, float64
+
+    def __post_init__(self) -> None:
+        # a run on the full batch asks for the same batches at every step
+        self.batch: Callable[[tuple[int, ...]], Batch] = lru_cache(maxsize=KEPT)(self._batch)
+
+    def _batch(self, indices: tuple[int, ...]) -> Batch:
+        reference = [self.reference[i] for i in indices] if self.reference else None
+        return pack([self.items[i] for i in indices], reference, self.padded).to(self.device)
+
+    def fingerprint(self) -> str:
+        """sha256 of every Item's tokens, pairs and rewards."""
+        digest = hashlib.sha256()
+        for item in self.items:
+            digest.update(json.dumps([item.prompt, item.responses, item.pairs, item.rewards]).encode())
+        return digest.hexdigest()
+
+    def portions(self, budget: int) -> list[tuple[int, ...]]:
+        """All Items once, as indices, in micro-batches of at most `budget` tokens."""
+        sizes = [item.tokens for item in self.items]
+        return [tuple(indices) for indices in by_tokens(sizes, range(len(sizes)), budget)]
+
+    def batches(self, budget: int) -> Iterator[tuple[tuple[int, ...], Batch]]:
+        """The same with their batches."""
+        for indices in self.portions(budget):
+            yield indices, self.batch(indices)
+
+
 def by_tokens(sizes: Sequence[int] | Mapping[int, int], indices: Sequence[int], budget: int) -> list[list[int]]:
     """Split `indices` into micro-batches of at most `budget` tokens; a larger Item stands alone.
 
@@ -129,7 +168,7 @@ class Plan:
     batch_size: int  # Items per optimizer step
     steps: int
     seed: int
-    token_budget: int  # tokens per micro-batch
+    micro_batch: int  # tokens, at most
 
     @property
     def steps_per_epoch(self) -> int:
@@ -145,14 +184,14 @@ class Plan:
 
     def __getitem__(self, step: int) -> list[list[int]]:
         """The micro-batches of a step, as indices of Items."""
-        return by_tokens(self.sizes, self.chosen(step), self.token_budget)
+        return by_tokens(self.sizes, self.chosen(step), self.micro_batch)
 
     def shares(self, step: int, ranks: int) -> list[list[list[int]]]:
         """The same Items dealt to ranks, longest first to whom has fewest tokens; each share in its micro-batches.
 
         With one rank it is the step itself. A rank may get nothing.
         """
-        return _dealt(tuple((i, self.sizes[i]) for i in self.chosen(step)), ranks, self.token_budget)
+        return _dealt(tuple((i, self.sizes[i]) for i in self.chosen(step)), ranks, self.micro_batch)
 
 
 @lru_cache(maxsize=2)

@@ -1,26 +1,37 @@
 """Rows to Items. One rule: prompt and response are tokenised apart, so that a prompt's tokens suit all its responses.
 
-Refuses to pad, to forge an EOS on a response that was cut, and to lose a row without counting it.
+Refuses to pad, to forge an EOS on a response that was cut, and to lose a row without counting it. Runs share Items: the
+same text, tokenizer and limits are tokenised once.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cdpo.batch import Item
-from cdpo.data.rows import BadRow, Ledger, Limits, Row
+import torch
+from torch import Tensor
+
+from cdpo import __version__
+from cdpo.batch import Item, Pair
+from cdpo.data.rows import BadRow, Ledger, Limits, Row, Tally
 from cdpo.errors import ConfigError, DataError
+from cdpo.system.cache import Entry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 WINDOW = 64  # characters on each side of the boundary that can change its tokens
-CHUNK = 512  # rows between two looks at `should_stop`
+CHUNK = 512  # rows between two calls of `pause`
+FEW = 100  # rows that are tokenised sooner than a file is found
 TURNS = {"user": "Human", "assistant": "Assistant", "system": "System"}
 Ids = list[int]
 
@@ -29,25 +40,43 @@ def tokenise(
     rows: list[Row],
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
-    should_stop: Callable[[], None] | None = None,
+    pause: Callable[[], None] = lambda: None,
+    shared: Path | None = None,
 ) -> tuple[list[Item], Ledger]:
-    """Items in the order of `rows`, and the ledger of what was cut or dropped. `should_stop` may raise to end it early.
+    """Items in the order of `rows`, and the ledger of what was cut or dropped. `pause` may raise to end it early.
+
+    Out of the folder `shared` where an earlier run has left them there; not for fewer than 100 rows, nor for a
+    tokenizer that is not of the tokenizers library, which has no complete text form to know it by.
 
     Raises ConfigError if the tokenizer lacks an EOS or a chat template that the rows need; DataError if more rows are
     dropped, or have another joint tokenisation, than `limits` allow.
     """
+    if shared is None or len(rows) < FEW or getattr(tokenizer, "backend_tokenizer", None) is None:
+        return _tokenised(rows, tokenizer, limits, pause)
+    entry = Entry(shared, _key(rows, tokenizer, limits))
+    with entry.claimed(lambda done: pause()) as found:
+        if found is None:
+            items, ledger = _tokenised(rows, tokenizer, limits, pause)
+            entry.keep(_encoded(items, ledger))
+            return items, ledger
+    items, ledger = _decoded(found)
+    judge(ledger, limits)  # what a person is told of the rows does not depend on who tokenised them
+    return items, ledger
+
+
+def _tokenised(
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, limits: Limits, pause: Callable[[], None]
+) -> tuple[list[Item], Ledger]:
     work = _Tokeniser(tokenizer, limits)
     if any(row.complete for row in rows) and work.eos is None:
         raise ConfigError(f"the tokenizer {work.name!r} has no EOS, which ends every response; set its eos_token")
     items: list[Item] = []
     for chunk in _chunks(rows):
-        if should_stop is not None:
-            should_stop()
+        pause()
         items += work.items(chunk)
-    ledger = work.ledger
-    ledger.lengths = lengths(items)
-    judge(ledger, limits)
-    return items, ledger
+    work.ledger.lengths = lengths(items)
+    judge(work.ledger, limits)
+    return items, work.ledger
 
 
 def _chunks(rows: list[Row]) -> Iterator[list[Row]]:
@@ -206,3 +235,41 @@ def lengths(items: list[Item]) -> dict[str, float]:
         if counts:
             found |= {f"{name}_mean": sum(counts) / len(counts), f"{name}_max": max(counts)}
     return found
+
+
+# ------------------------------------------------------------------------------------------ Items that runs share
+
+
+def _key(rows: list[Row], tokenizer: Any, limits: Limits) -> dict[str, Any]:
+    import transformers
+
+    text = hashlib.sha256()
+    for row in rows:
+        text.update(json.dumps([*vars(row).values()]).encode())
+    kind = [type(tokenizer).__name__, tokenizer.name_or_path, tokenizer.chat_template, tokenizer.special_tokens_map]
+    spelt = json.dumps([*kind, tokenizer.backend_tokenizer.to_str()], default=str)
+    return {
+        "rows": text.hexdigest(),
+        "tokenizer": hashlib.sha256(spelt.encode()).hexdigest(),
+        "limits": {name: getattr(limits, name) for name in Limits.__dataclass_fields__},
+        "versions": [__version__, transformers.__version__],
+    }
+
+
+def _encoded(items: list[Item], ledger: Ledger) -> Tensor:
+    """Strict JSON, as bytes. [n]"""
+    plain = [[item.prompt, item.responses, item.pairs, item.rewards, item.source] for item in items]
+    content = json.dumps({"items": plain, "ledger": asdict(ledger)}, allow_nan=False, separators=(",", ":"))
+    return torch.frombuffer(bytearray(content.encode()), dtype=torch.uint8)
+
+
+def _decoded(values: Tensor) -> tuple[list[Item], Ledger]:
+    tree = json.loads(values.numpy().tobytes())
+    items = [
+        Item(prompt, responses, [Pair(*pair) for pair in pairs], rewards, source)
+        for prompt, responses, pairs, rewards, source in tree["items"]
+    ]
+    ledger = tree["ledger"]
+    for part in ("dropped", "notes"):
+        ledger[part] = {kind: Tally(**tally) for kind, tally in ledger[part].items()}
+    return items, Ledger(**ledger)

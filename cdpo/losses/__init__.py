@@ -4,7 +4,7 @@ from cdpo.losses.candidates import RLHF, OnPolicyRegression
 from cdpo.losses.combined import WPO, Sum
 from cdpo.losses.divergence import FDPO
 from cdpo.losses.gaussian import Gaussian
-from cdpo.losses.loss import Loss
+from cdpo.losses.loss import Loss, PairLoss
 from cdpo.losses.pairwise import (
     BCO,
     DPO,
@@ -26,5 +26,5 @@ from cdpo.losses.pairwise import (
 
 __all__ = [
     "BCO", "DPO", "EXO", "EXPO", "FDPO", "IPO", "NCA", "ODPO", "ORPO", "RLHF", "SFT", "SPPO", "WPO", "APODown",
-    "APOZero", "DiscoPOP", "Gaussian", "Hinge", "Loss", "OnPolicyRegression", "Robust", "SimPO", "Sum",
+    "APOZero", "DiscoPOP", "Gaussian", "Hinge", "Loss", "OnPolicyRegression", "PairLoss", "Robust", "SimPO", "Sum",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """Losses of whole candidate sets: RLHF itself, exactly, and the regression that has its gradient.
 
-The policy and the reference are renormalised on each Item's K responses (`cdpo.candidates`), so every expectation over
-responses is a finite sum. Rewards are the data's own, or fitted to its preferences (`cdpo.data.bradley_terry`).
+The policy and the reference are renormalised on each Item's K responses (`Logps.renormalised`), so every expectation
+over responses is a finite sum. Rewards are the data's own, or fitted to its preferences (`cdpo.data.bradley_terry`).
 """
 
 from __future__ import annotations
@@ -13,27 +13,22 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from cdpo.batch import Logps
-from cdpo.candidates import candidate_log_ratio, count_items, log_softmax_by_item, sum_by_item
 from cdpo.errors import ConfigError
-from cdpo.losses.numerics import check_positive
+from cdpo.losses.numerics import check_choice, check_positive
 
 
 @dataclass(frozen=True)
 class OnCandidates:
     """What the losses here share: f(k) = beta * log(pi(k) / pi_ref(k)) - r(k) is constant over k at the optimum."""
 
-    beta: float = 0.1
-    """strength of the KL regulariser"""
-    rewards: Literal["true", "fitted"] = "true"
-    """the data's own, or the Bradley-Terry maximum-likelihood fit to the preferences of all rows of the prompt"""
-    ridge: float = 0.0
-    """for fitted rewards: weight of sum r^2 / 2 beside the mean log-likelihood of connected pairs of a prompt"""
+    beta: float = 0.1  # strength of the KL regulariser
+    rewards: Literal["true", "fitted"] = "true"  # the data's own, or a Bradley-Terry fit to the prompt's preferences
+    ridge: float = 0.0  # of that fit: weight of sum r^2 / 2 beside the mean log-likelihood of connected pairs
     unit: ClassVar[Literal["item"]] = "item"
 
     def __post_init__(self) -> None:
         check_positive(beta=self.beta)
-        if self.rewards not in ("true", "fitted"):
-            raise ValueError(f"rewards={self.rewards} must be true or fitted")
+        check_choice("rewards", self.rewards, "true", "fitted")
         if not 0 <= self.ridge < math.inf:
             raise ValueError(f"ridge={self.ridge} must be a finite number, at least 0")
         if self.ridge and self.rewards == "true":
@@ -44,8 +39,7 @@ class OnCandidates:
         rewards = logps.rewards if self.rewards == "true" else logps.fitted
         if rewards is None:
             raise ConfigError(f"{type(self).__name__} needs rewards, and {', '.join(logps.sources[:3])} have none")
-        policy = log_softmax_by_item(logps.policy, logps.item, count_items(logps))
-        return policy, self.beta * candidate_log_ratio(logps) - rewards
+        return logps.log_softmax_by_item(logps.policy), self.beta * logps.renormalised().log_ratio() - rewards
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,7 @@ class RLHF(OnCandidates):
 
     def __call__(self, logps: Logps) -> Tensor:
         policy, f = self.shares(logps)
-        return sum_by_item(policy.exp() * f, logps.item, count_items(logps))
+        return logps.sum_by_item(policy.exp() * f)
 
 
 @dataclass(frozen=True)
@@ -71,15 +65,14 @@ class OnPolicyRegression(OnCandidates):
 
     def __call__(self, logps: Logps) -> Tensor:
         policy, f = self.shares(logps)
-        item, items = logps.item, count_items(logps)
-        error = self.squared_error(policy.detach().exp(), f, item, items)
+        error = self.squared_error(logps, policy.detach().exp(), f)
         # f / beta is log(pi / pi*) up to a constant; renormalising -f / beta, with pi as prior, makes it pi* itself
-        optimum = log_softmax_by_item(policy - f / self.beta, item, items)
-        descended = self.beta**2 * sum_by_item(policy.exp() * (policy - optimum), item, items)
+        optimum = logps.log_softmax_by_item(policy - f / self.beta)
+        descended = self.beta**2 * logps.sum_by_item(policy.exp() * (policy - optimum))
         return error + (descended - error).detach()
 
     @staticmethod
-    def squared_error(weight: Tensor, f: Tensor, item: Tensor, items: int) -> Tensor:
-        """Half the variance of f under `weight`, Item by Item. [S], [S], [S] -> [I]"""
-        mean = sum_by_item(weight * f, item, items)
-        return sum_by_item(weight * (f - mean[item]).square(), item, items) / 2
+    def squared_error(logps: Logps, weight: Tensor, f: Tensor) -> Tensor:
+        """Half the variance of f under `weight`, Item by Item. [S], [S] -> [I]"""
+        mean = logps.sum_by_item(weight * f)
+        return logps.sum_by_item(weight * (f - mean[logps.item]).square()) / 2

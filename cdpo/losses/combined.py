@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from cdpo.batch import Logps
-from cdpo.candidates import candidate_log_ratio, count_items, log_softmax_by_item, sum_by_item
 from cdpo.losses.loss import Loss
 from cdpo.losses.numerics import EXP_BOUND, check_choice
 
@@ -27,14 +26,13 @@ class WPO:
     gradient: then 0 means that every pair that the policy writes is fitted, and restarts can be compared.
     """
 
-    loss: Loss
-    """the pair loss"""
+    loss: Loss  # the pair loss
+    # per_token: product of the mean token probabilities (geometric); importance: product of pi_theta / pi_ref, at most
+    # exp(30), which moves pairs that were drawn from the reference onto the policy; candidates: product of the policy's
+    # probabilities over those of `drawn`, renormalised on each Item's responses: pairs as if the policy drew them
     weight: Literal["per_token", "importance", "candidates"] = "per_token"
-    """per_token: product of the mean token probabilities (geometric); importance: product of pi_theta / pi_ref, at most
-    exp(30), which moves pairs that were drawn from the reference onto the policy; candidates: product of the policy's
-    probabilities over those of `drawn`, renormalised on each Item's responses: pairs as if the policy drew them"""
+    # for candidates: where the pairs were drawn from; uniform for data in which every pair of responses stands
     drawn: Literal["reference", "uniform"] | None = None
-    """for candidates: where the pairs were drawn from; uniform for data in which every pair of responses stands"""
     unit: ClassVar[Literal["pair"]] = "pair"
 
     def __post_init__(self) -> None:
@@ -62,20 +60,17 @@ class WPO:
         if self.weight == "importance":
             return logps.log_ratio()
         if self.drawn == "reference":
-            return candidate_log_ratio(logps)
-        items = count_items(logps)
-        responses = sum_by_item(torch.ones_like(logps.reference), logps.item, items)  # K
-        return log_softmax_by_item(logps.policy, logps.item, items) + responses.log()[logps.item]
+            return logps.renormalised().log_ratio()
+        responses = logps.sum_by_item(torch.ones_like(logps.reference))  # K
+        return logps.log_softmax_by_item(logps.policy) + responses.log()[logps.item]
 
 
 @dataclass(frozen=True)
 class Sum:
     """A weighted sum of named pair losses, for example DPO with SFT on the chosen response."""
 
-    losses: dict[str, Loss]
-    """name -> pair loss"""
-    weights: dict[str, float]
-    """name -> weight, at least 0; the same names"""
+    losses: dict[str, Loss]  # name -> pair loss
+    weights: dict[str, float]  # name -> weight, at least 0; the same names
     unit: ClassVar[Literal["pair"]] = "pair"
 
     def __post_init__(self) -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from cdpo.batch import Logps
-from cdpo.losses.numerics import check_positive, exp_or_tangent
+from cdpo.losses.loss import PairLoss
+from cdpo.losses.numerics import check_choice, exp_or_tangent
 
 
 @dataclass(frozen=True)
-class FDPO:
+class FDPO(PairLoss):
     """Wang et al. 2023 (arXiv 2309.16240): -log sigmoid(beta [f'(u_w) - f'(u_l)]), u = pi_theta / pi_ref = exp(Δ).
 
     reverse_kl: f'(u) = log u; forward_kl: -1/u; jensen_shannon: log(2u / (1 + u)); alpha: -u^-a / a; up to constants.
@@ -22,18 +23,12 @@ class FDPO:
     u^-1 and u^-a are `exp_or_tangent`: exact while a Δ >= -30.
     """
 
-    beta: float = 0.1
-    """strength of the regulariser"""
-    divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"] = "reverse_kl"
-    """f; reverse_kl is DPO"""
-    alpha: float | None = None
-    """a in (0, 1), for divergence=alpha only"""
-    unit: ClassVar[Literal["pair"]] = "pair"
+    divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"] = "reverse_kl"  # f; reverse_kl is DPO
+    alpha: float | None = None  # a in (0, 1), for divergence=alpha only
 
     def __post_init__(self) -> None:
-        check_positive(beta=self.beta)
-        if self.divergence not in ("reverse_kl", "forward_kl", "jensen_shannon", "alpha"):
-            raise ValueError(f"divergence={self.divergence} must be reverse_kl, forward_kl, jensen_shannon or alpha")
+        super().__post_init__()
+        check_choice("divergence", self.divergence, "reverse_kl", "forward_kl", "jensen_shannon", "alpha")
         if self.divergence != "alpha" and self.alpha is not None:
             raise ValueError(f"alpha={self.alpha} is not used by divergence={self.divergence}; set alpha=null")
         if self.divergence == "alpha" and not (self.alpha is not None and 0 < self.alpha < 1):

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cdpo.batch import Logps
+from cdpo.losses.loss import PairLoss
 from cdpo.losses.numerics import check_choice, check_positive, exp_or_tangent
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class Gaussian(PairLoss):
     """-2 log-likelihood of the observation v = 0 under N(0, γ + λ), up to a constant: log(γ + λ) - log λ.
 
     γ = (pi_theta(l) / pi_theta(w))^beta is the signal variance, λ = (pi_ref(l) / pi_ref(w))^beta the noise variance. So
@@ -28,25 +29,21 @@ class Gaussian:
     `exp_or_tangent`: exact up to exp(30), then its tangent.
     """
 
-    beta: float = 0.1
-    """exponent of both variances; strength of the KL regulariser in DPO's reading"""
-    noise: Literal["reference", "constant"] = "reference"
-    """λ from the reference policy, or λ = 1 for every pair, which needs no reference"""
-    noise_scale: float = 1.0
-    """c: λ becomes c λ; the same as a margin shifted by log c"""
+    beta: float = 0.1  # exponent of both variances; strength of the KL regulariser in DPO's reading
+    noise: Literal["reference", "constant"] = "reference"  # λ from the reference, or λ = 1, which needs no reference
+    noise_scale: float = 1.0  # c: λ becomes c λ; the same as a margin shifted by log c
+    # c falls from noise_scale, above 1, to 1 over training, linearly or geometrically (graduated non-convexity)
     noise_schedule: Literal["linear", "exponential"] | None = None
-    """c falls from noise_scale, above 1, to 1 over training, linearly or geometrically (graduated non-convexity)"""
+    # v > 0 instead of 0 adds v^2 / (γ + λ): the best γ is max(v^2 - λ, 0), not 0. For penalty=log only, as no other
+    # penalty is a likelihood
     observation: float | None = None
-    """v > 0 instead of 0 adds v^2 / (γ + λ): the best γ is max(v^2 - λ, 0), not 0. For penalty=log only, as no other
-    penalty is a likelihood"""
+    # log(1 + γ/λ); min_g γ/g + log(1 + g/λ); γ/λ; (γ/λ)^power
     penalty: Literal["log", "variational", "linear", "power"] = "log"
-    """log(1 + γ/λ); min_g γ/g + log(1 + g/λ); γ/λ; (γ/λ)^power"""
-    power: float | None = None
-    """in (0, 1], for penalty=power only"""
-    unit: ClassVar[Literal["pair"]] = "pair"
+    power: float | None = None  # in (0, 1], for penalty=power only
 
     def __post_init__(self) -> None:
-        check_positive(beta=self.beta, noise_scale=self.noise_scale)
+        super().__post_init__()
+        check_positive(noise_scale=self.noise_scale)
         check_choice("noise", self.noise, "reference", "constant")
         check_choice("noise_schedule", self.noise_schedule, None, "linear", "exponential")
         check_choice("penalty", self.penalty, "log", "variational", "linear", "power")

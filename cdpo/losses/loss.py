@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from cdpo.batch import Logps
 from cdpo.errors import NumericsError
+from cdpo.losses.numerics import check_positive
 
 SHOWN = 3  # rows that a message names
 
@@ -30,12 +32,35 @@ class Loss(Protocol):
         """[P] for a pair loss, [I] for an item loss."""
 
 
+@dataclass(frozen=True)
+class PairLoss:
+    """What most losses of pairs share: a beta above 0, for most of them the scale of the implicit reward beta Δ."""
+
+    beta: float = 0.1  # strength of the regulariser towards the reference
+    unit: ClassVar[Literal["pair"]] = "pair"
+
+    def __post_init__(self) -> None:
+        check_positive(beta=self.beta)
+
+
 def per_unit(loss: Loss, logps: Logps) -> Tensor:
     """The loss of every pair or Item, soft labels included: p * loss(winner, loser) + (1 - p) * loss(loser, winner)."""
     if loss.unit == "item" or not logps.soft:
         return loss(logps)
     won, lost = loss(logps.both_ways()).chunk(2)
     return torch.lerp(lost, won, logps.preference)
+
+
+def unit_weight(loss: Loss, logps: Logps) -> Tensor:
+    """Weight of each value that the loss returns: the pair's, or 1 per Item."""
+    return logps.weight if loss.unit == "pair" else torch.ones(len(logps.sources), device=logps.policy.device)
+
+
+def reward_scale(loss: Any, default: float) -> float:
+    """beta of the implicit reward beta * log-ratio: the loss's own, or that of the first loss within, or `default`."""
+    inner = [getattr(loss, "loss", None), *getattr(loss, "losses", {}).values()]
+    betas = [one.beta for one in (loss, *inner) if hasattr(one, "beta")]
+    return float(betas[0]) if betas else default
 
 
 def check_finite(logps: Logps) -> None:

@@ -15,36 +15,21 @@ from torch import Tensor
 
 from cdpo.batch import Logps
 from cdpo.errors import ConfigError
-from cdpo.losses.numerics import check_positive, check_range, exp_or_tangent, log_odds
+from cdpo.losses.loss import PairLoss
+from cdpo.losses.numerics import check_choice, check_positive, check_range, exp_or_tangent, log_odds
 
 
 @dataclass(frozen=True)
-class ImplicitReward:
-    """What most of these losses share: beta Δ is the implicit reward of a response."""
-
-    beta: float = 0.1
-    """strength of the regulariser towards the reference"""
-    unit: ClassVar[Literal["pair"]] = "pair"
-
-    def __post_init__(self) -> None:
-        check_positive(beta=self.beta)
-
-
-@dataclass(frozen=True)
-class DPO:
+class DPO(PairLoss):
     """Rafailov et al. 2023 (arXiv 2305.18290): -log sigmoid(beta m).
 
     With label smoothing, cDPO of Mitchell 2023, "A note on DPO with noisy preferences".
     """
 
-    beta: float = 0.1
-    """strength of the KL regulariser"""
-    label_smoothing: float = 0.0
-    """probability that a label is wrong, in [0, 0.5); the same as preferences p = 1 - label_smoothing"""
-    unit: ClassVar[Literal["pair"]] = "pair"
+    label_smoothing: float = 0.0  # probability that a label is wrong, in [0, 0.5): preferences p = 1 - label_smoothing
 
     def __post_init__(self) -> None:
-        check_positive(beta=self.beta)
+        super().__post_init__()
         check_range("label_smoothing", self.label_smoothing, below=0.5)
 
     def __call__(self, logps: Logps) -> Tensor:
@@ -65,10 +50,8 @@ class IPO:
     `ipo` is `length_normalized=True`.
     """
 
-    tau: float = 0.1
-    """the margin is pulled towards 1 / (2 tau)"""
-    length_normalized: bool = False
-    """divide each log-ratio by the tokens of its response"""
+    tau: float = 0.1  # the margin is pulled towards 1 / (2 tau)
+    length_normalized: bool = False  # divide each log-ratio by the tokens of its response
     unit: ClassVar[Literal["pair"]] = "pair"
 
     def __post_init__(self) -> None:
@@ -81,35 +64,26 @@ class IPO:
 
 
 @dataclass(frozen=True)
-class Hinge:
+class Hinge(PairLoss):
     """max(0, 1 - beta m): SLiC of Zhao et al. 2023 (arXiv 2305.10425), on log-ratios as in RSO (arXiv 2309.06657)."""
 
-    beta: float = 0.1
-    """1 / beta is the margin beyond which a pair no longer counts"""
-    unit: ClassVar[Literal["pair"]] = "pair"
-
-    def __post_init__(self) -> None:
-        check_positive(beta=self.beta)
+    beta: float = 0.1  # 1 / beta is the margin beyond which a pair no longer counts
 
     def __call__(self, logps: Logps) -> Tensor:
         return F.relu(1 - self.beta * logps.margin())
 
 
 @dataclass(frozen=True)
-class Robust:
+class Robust(PairLoss):
     """Chowdhury et al. 2024 (arXiv 2403.00409): DPO, unbiased when a share of the labels is flipped.
 
     ((1 - e) L(w, l) - e L(l, w)) / (1 - 2 e) with L = DPO; unbounded below, as the correction demands.
     """
 
-    beta: float = 0.1
-    """strength of the KL regulariser"""
-    label_smoothing: float = 0.1
-    """e, the share of flipped labels, in [0, 0.5)"""
-    unit: ClassVar[Literal["pair"]] = "pair"
+    label_smoothing: float = 0.1  # e, the share of flipped labels, in [0, 0.5)
 
     def __post_init__(self) -> None:
-        check_positive(beta=self.beta)
+        super().__post_init__()
         check_range("label_smoothing", self.label_smoothing, below=0.5)
 
     def __call__(self, logps: Logps) -> Tensor:
@@ -118,17 +92,14 @@ class Robust:
 
 
 @dataclass(frozen=True)
-class EXO:
+class EXO(PairLoss):
     """Ji et al. 2024 (arXiv 2402.00856), Eq. 16: reverse KL of (sigmoid(beta m), sigmoid(-beta m)) to (1 - e, e)."""
 
-    beta: float = 0.1
-    """strength of the KL regulariser"""
-    label_smoothing: float = 1e-3
-    """e in (0, 0.5): a hard label would be infinitely far"""
-    unit: ClassVar[Literal["pair"]] = "pair"
+    label_smoothing: float = 1e-3  # e in (0, 0.5): a hard label would be infinitely far
 
     def __post_init__(self) -> None:
-        check_positive(beta=self.beta, label_smoothing=self.label_smoothing)
+        super().__post_init__()
+        check_positive(label_smoothing=self.label_smoothing)
         check_range("label_smoothing", self.label_smoothing, below=0.5)
 
     def __call__(self, logps: Logps) -> Tensor:
@@ -139,7 +110,7 @@ class EXO:
 
 
 @dataclass(frozen=True)
-class NCA(ImplicitReward):
+class NCA(PairLoss):
     """Chen et al. 2024 (arXiv 2402.05369), for pairs: chosen as data against both responses as noise.
 
     -log sigmoid(beta Δ(w)) - [log sigmoid(-beta Δ(w)) + log sigmoid(-beta Δ(l))] / 2
@@ -151,7 +122,7 @@ class NCA(ImplicitReward):
 
 
 @dataclass(frozen=True)
-class BCO(ImplicitReward):
+class BCO(PairLoss):
     """Jung et al. 2024 (arXiv 2404.04656): a classifier, -log sigmoid(r(w) - d) - log sigmoid(d - r(l)).
 
     r = beta Δ; the shift d is the running mean of r over both sides in earlier steps. TRL's `bco_pair` leaves it out.
@@ -165,18 +136,13 @@ class BCO(ImplicitReward):
 
 
 @dataclass(frozen=True)
-class SPPO:
+class SPPO(PairLoss):
     """Wu et al. 2024 (arXiv 2405.00675), Eq. 4.7: (Δ(w) - 1 / (2 beta))^2 + (Δ(l) + 1 / (2 beta))^2.
 
     A soft label p moves the targets to +-(p - 1/2) / beta, up to a constant; the paper's eta is our 1 / beta.
     """
 
-    beta: float = 0.1
-    """the log-ratios are pulled towards +-1 / (2 beta)"""
-    unit: ClassVar[Literal["pair"]] = "pair"
-
-    def __post_init__(self) -> None:
-        check_positive(beta=self.beta)
+    beta: float = 0.1  # the log-ratios are pulled towards +-1 / (2 beta)
 
     def __call__(self, logps: Logps) -> Tensor:
         chosen, rejected = logps.of_pairs(logps.log_ratio())
@@ -185,7 +151,7 @@ class SPPO:
 
 
 @dataclass(frozen=True)
-class APOZero(ImplicitReward):
+class APOZero(PairLoss):
     """D'Oosterlinck et al. 2024 (arXiv 2408.06266), Eq. 7: sigmoid(-beta Δ(w)) + sigmoid(beta Δ(l)).
 
     Chosen goes up, rejected down: for data better than the policy.
@@ -197,7 +163,7 @@ class APOZero(ImplicitReward):
 
 
 @dataclass(frozen=True)
-class APODown(ImplicitReward):
+class APODown(PairLoss):
     """D'Oosterlinck et al. 2024 (arXiv 2408.06266), Eq. 8: sigmoid(beta Δ(w)) + sigmoid(-beta m).
 
     Both go down, rejected more: for data worse than the policy.
@@ -209,20 +175,17 @@ class APODown(ImplicitReward):
 
 
 @dataclass(frozen=True)
-class DiscoPOP:
+class DiscoPOP(PairLoss):
     """Lu et al. 2024 (arXiv 2406.08414), Eq. 5: g exp(-z) - (1 - g) log sigmoid(z), z = beta m, g = sigmoid(z / tau).
 
     g exp(-z) is formed in the log domain, so z << 0 is harmless; `exp_or_tangent` is needed only for tau > 1.
     """
 
-    beta: float = 0.1
-    """strength of the KL regulariser"""
-    tau: float = 0.05
-    """width of the gate between the logistic and the exponential loss"""
-    unit: ClassVar[Literal["pair"]] = "pair"
+    tau: float = 0.05  # width of the gate between the logistic and the exponential loss
 
     def __post_init__(self) -> None:
-        check_positive(beta=self.beta, tau=self.tau)
+        super().__post_init__()
+        check_positive(tau=self.tau)
 
     def __call__(self, logps: Logps) -> Tensor:
         reward = self.beta * logps.margin()
@@ -231,17 +194,14 @@ class DiscoPOP:
 
 
 @dataclass(frozen=True)
-class SimPO:
+class SimPO(PairLoss):
     """Meng et al. 2024 (arXiv 2405.14734): -log sigmoid(beta [s(w) - s(l)] - gamma), s = mean log-prob per token."""
 
-    beta: float = 2.0
-    """scale of the reward, a mean log-prob per token"""
-    gamma: float = 0.5
-    """margin of rewards to be reached, at least 0"""
-    unit: ClassVar[Literal["pair"]] = "pair"
+    beta: float = 2.0  # scale of the reward, a mean log-prob per token
+    gamma: float = 0.5  # margin of rewards to be reached, at least 0
 
     def __post_init__(self) -> None:
-        check_positive(beta=self.beta)
+        super().__post_init__()
         check_range("gamma", self.gamma, below=float("inf"))
 
     def __call__(self, logps: Logps) -> Tensor:
@@ -250,19 +210,14 @@ class SimPO:
 
 
 @dataclass(frozen=True)
-class ORPO:
+class ORPO(PairLoss):
     """Hong et al. 2024 (arXiv 2403.07691): per-token NLL of chosen + beta * -log sigmoid(log odds(w) - log odds(l)).
 
     Odds are p / (1 - p), log p the mean log-prob per token; see `log_odds` for p near 1. TRL's NLL averages over all
     tokens of a batch, prompts included; ours is one number per pair, whatever shares its batch.
     """
 
-    beta: float = 0.1
-    """weight of the odds ratio beside the NLL"""
-    unit: ClassVar[Literal["pair"]] = "pair"
-
-    def __post_init__(self) -> None:
-        check_positive(beta=self.beta)
+    beta: float = 0.1  # weight of the odds ratio beside the NLL
 
     def __call__(self, logps: Logps) -> Tensor:
         chosen, rejected = logps.of_pairs(logps.policy / logps.length)
@@ -270,24 +225,19 @@ class ORPO:
 
 
 @dataclass(frozen=True)
-class ODPO:
+class ODPO(PairLoss):
     """Amini et al. 2024 (arXiv 2402.10571): -log sigmoid(beta m - offset), a margin that a pair has to reach.
 
     The offset is `scale`, or `scale * (r(w) - r(l))`, which unlike a log of the difference allows ties and soft labels.
     """
 
-    beta: float = 0.1
-    """strength of the KL regulariser"""
-    offset: Literal["constant", "rewards"] = "constant"
-    """constant: the same for all pairs; rewards: from the rewards of the data set"""
-    scale: float = 1.0
-    """the constant, or the factor of the difference of rewards; above 0"""
-    unit: ClassVar[Literal["pair"]] = "pair"
+    offset: Literal["constant", "rewards"] = "constant"  # the same for all pairs, or from the rewards of the data
+    scale: float = 1.0  # the constant, or the factor of the difference of rewards; above 0
 
     def __post_init__(self) -> None:
-        check_positive(beta=self.beta, scale=self.scale)
-        if self.offset not in ("constant", "rewards"):
-            raise ValueError(f"offset={self.offset} must be constant or rewards")
+        super().__post_init__()
+        check_positive(scale=self.scale)
+        check_choice("offset", self.offset, "constant", "rewards")
 
     def __call__(self, logps: Logps) -> Tensor:
         return -F.logsigmoid(self.beta * logps.margin() - self.scale * self.gap(logps))
@@ -303,7 +253,7 @@ class ODPO:
 
 
 @dataclass(frozen=True)
-class EXPO:
+class EXPO(PairLoss):
     """Hu et al. 2025 (arXiv 2506.07492), as we read it: Bradley-Terry of the policy itself + beta KL(pi_ref, pi_theta).
 
     -log sigmoid(log pi_theta(w) - log pi_theta(l)) + beta [k(Δ(w)) + k(Δ(l))] / 2 with k(Δ) = exp(Δ) - 1 - Δ. The KL
@@ -311,12 +261,7 @@ class EXPO:
     negative, and least at pi_ref wherever they were drawn. Its exponential is `exp_or_tangent`.
     """
 
-    beta: float = 0.1
-    """weight of the KL: towards 0 the preferences rule, towards infinity the reference"""
-    unit: ClassVar[Literal["pair"]] = "pair"
-
-    def __post_init__(self) -> None:
-        check_positive(beta=self.beta)
+    beta: float = 0.1  # weight of the KL: towards 0 the preferences rule, towards infinity the reference
 
     def __call__(self, logps: Logps) -> Tensor:
         chosen, rejected = logps.of_pairs(logps.policy)
@@ -329,8 +274,7 @@ class EXPO:
 class SFT:
     """Maximum likelihood of the chosen response. TRL's `sft` averages over all tokens of a batch, ours per response."""
 
-    length_normalized: bool = True
-    """mean over the tokens of a response instead of their sum"""
+    length_normalized: bool = True  # mean over the tokens of a response instead of their sum
     unit: ClassVar[Literal["pair"]] = "pair"
 
     def __call__(self, logps: Logps) -> Tensor:

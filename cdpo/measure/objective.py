@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from cdpo.batch import Logps
-from cdpo.candidates import count_items, log_softmax_by_item, sum_by_item
 
 
 def objective(logps: Logps, beta: float) -> dict[str, Tensor]:
@@ -21,21 +20,20 @@ def objective(logps: Logps, beta: float) -> dict[str, Tensor]:
     [0, 1]. J_optimum - J = beta * kl_to_optimum. Needs logps.rewards.
     """
     assert logps.rewards is not None
-    item, items, rewards = logps.item, count_items(logps), logps.rewards.double()
-    policy = log_softmax_by_item(logps.policy.detach().double(), item, items)
-    reference = log_softmax_by_item(logps.reference.double(), item, items)
-    optimum = log_softmax_by_item(reference + rewards / beta, item, items)
+    rewards, sums = logps.rewards.double(), logps.sum_by_item
+    policy, reference = (logps.log_softmax_by_item(one.double()) for one in (logps.policy.detach(), logps.reference))
+    optimum = logps.log_softmax_by_item(reference + rewards / beta)
     pi = policy.exp()
-    expected, kl = (sum_by_item(pi * value, item, items) for value in (rewards, policy - reference))
+    expected, kl = (sums(pi * value) for value in (rewards, policy - reference))
     return {
         "J": expected - beta * kl,
-        "J_reference": sum_by_item(reference.exp() * rewards, item, items),
+        "J_reference": sums(reference.exp() * rewards),
         # log Z = log(ref(k) exp(r_k / beta) / pi*(k)) for every k; the mean under pi* is the stable way to say it
-        "J_optimum": sum_by_item(optimum.exp() * (rewards - beta * (optimum - reference)), item, items),
+        "J_optimum": sums(optimum.exp() * (rewards - beta * (optimum - reference))),
         "kl": kl,
         "expected_reward": expected,
-        "kl_to_optimum": sum_by_item(pi * (policy - optimum), item, items),
-        "tv_to_optimum": sum_by_item((pi - optimum.exp()).abs(), item, items) / 2,
+        "kl_to_optimum": sums(pi * (policy - optimum)),
+        "tv_to_optimum": sums((pi - optimum.exp()).abs()) / 2,
     }
 
 

@@ -1,6 +1,7 @@
 """Policies, and from Batches to log-probs. conf/model/ names these classes."""
 
-from cdpo.model.pretrained import HuggingFace, Tiny
+from cdpo.model.pretrained import HuggingFace
 from cdpo.model.tabular import Tabular
+from cdpo.model.tiny import Tiny
 
 __all__ = ["HuggingFace", "Tabular", "Tiny"]

@@ -1,4 +1,4 @@
-"""trainer.gradient_checkpointing and trainer.compile: what they need of a model, and how they are turned on."""
+"""The decoder layers of a model; trainer.gradient_checkpointing and trainer.compile, which act on them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from cdpo.config.read import Trainer
-from cdpo.constraints.freeze import decoder_layers
+from torch import nn
+
+from cdpo.config.schema import Trainer
 from cdpo.errors import ConfigError
 from cdpo.model.attention import register_for_compiled_layers
+
+
+def decoder_layers(model: nn.Module, wanted: str = "this setting needs") -> nn.ModuleList:
+    """The stack of decoder layers. ConfigError if the model has none, with what `wanted` them and what to change."""
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if not stacks:
+        raise ConfigError(f"this model has no decoder layers, which {wanted}")
+    return max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
 
 
 def check_switches(policy: Any, trainer: Trainer) -> None:

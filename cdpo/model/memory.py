@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +12,11 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from cdpo.config.read import ENOUGH, Config, Trainer
-from cdpo.constraints.freeze import decoder_layers
+from cdpo.config.schema import MICRO_BATCH, Config
 from cdpo.errors import ConfigError, DeviceFull
 from cdpo.model.change import Change
 from cdpo.model.head import CHUNK
-from cdpo.model.layers import check_switches, checkpoint_layers
-from cdpo.system.files import read_json, write_json
-from cdpo.system.ranks import Ranks
+from cdpo.model.layers import check_switches, checkpoint_layers, decoder_layers
 
 log = logging.getLogger(__name__)
 
@@ -85,45 +80,32 @@ def _kept(policy: Any) -> float:
 
 
 def tokens_that_fit(policy: Any, states: int, memory: int, shards: int = 1, autocast: bool = False) -> int:
-    """Tokens of a micro-batch on a device of so many bytes: the largest power of two, up to ENOUGH and at least LEAST.
+    """Tokens of a micro-batch on a device of so many bytes: a power of two, up to MICRO_BATCH and at least LEAST.
 
     With `autocast` the weights in 32 bits have copies in 16.
     """
     copies = sum(2 * p.numel() for p in policy.parameters() if p.dtype == torch.float32) if autocast else 0
     free = SHARE * (memory - (lasting(policy, states) + copies) / shards - 2 * CHUNK)
-    each, tokens = per_token(policy), ENOUGH
+    each, tokens = per_token(policy), MICRO_BATCH
     while tokens > LEAST and tokens * each > free:
         tokens //= 2
     return tokens
 
 
-def sized(spec: Config, tokenizer: Any, data: Any, room: Path, device: torch.device, ranks: Ranks) -> Trainer:
-    """`spec.trainer` with micro-batches for which the GPU has room; elsewhere, and where a number is set, as it is.
+def room(spec: Config, outlined: Callable[[], Any], device: torch.device, shards: int) -> int:
+    """Tokens of a micro-batch for which a GPU has room, beside the policy whose shapes `outlined` makes.
 
-    The same on all ranks and, by the file `room`, after a resume.
+    MICRO_BATCH, with a warning, where a model cannot be asked without weights. Raises ConfigError as `outline` does.
     """
-    trainer = spec.trainer
-    if trainer.tokens_per_micro_batch or device.type != "cuda":
-        return trainer
-    known = ranks.from_first(lambda: read_json(room)["tokens"] if room.is_file() else None)
-    tokens = known or min(ranks.gather(_room(spec, tokenizer, data, device, ranks.size if ranks.sharded else 1)))
-    ranks.from_first(lambda: write_json(room, {"tokens": tokens}))
-    log.info("micro-batches of at most %d tokens, by the GPU's memory", tokens)
-    return replace(trainer, tokens_per_micro_batch=tokens)
-
-
-def _room(spec: Config, tokenizer: Any, data: Any, device: torch.device, shards: int) -> int:
-    """Tokens for which this GPU has room; ENOUGH, with a warning, where a model cannot be asked without weights."""
     memory = torch.cuda.get_device_properties(device).total_memory
     try:
-        policy = outline(spec, tokenizer, data)
-        return tokens_that_fit(policy, spec.optimizer.states, memory, shards, spec.trainer.autocast)
+        return tokens_that_fit(outlined(), spec.optimizer.states, memory, shards, spec.trainer.autocast)
     except ConfigError:
         raise
     except Exception as error:  # whatever an architecture cannot do without weights, it can with them
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        log.warning("this model does not say what a token takes (%s): micro-batches of %d tokens", reason, ENOUGH)
-        return ENOUGH
+        log.warning("this model does not say what a token takes (%s): micro-batches of %d tokens", reason, MICRO_BATCH)
+        return MICRO_BATCH
 
 
 @contextmanager

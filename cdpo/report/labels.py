@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cdpo.config.read import FREE
+from cdpo.config.identity import FREE
 from cdpo.report.runs import CONFIG, GROUPS
 
 if TYPE_CHECKING:

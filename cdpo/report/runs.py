@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cdpo.config.read import flat
+from cdpo.config.identity import flat
+from cdpo.config.task import JOBS, tasks_in
 from cdpo.errors import ConfigError
-from cdpo.system.files import read_json, redact
+from cdpo.system.files import json_object, json_rows, redact
+from cdpo.training.directory import DONE, RunDirectory
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 CONFIG, METRIC = "config.", "metric/"  # how columns of the table begin
 GROUPS = ("experiment", "model", "dataset", "loss", "optimizer")
 LABELS = ("directory", "state", "cause", "step", *GROUPS, "constraint", "seed", "restart")
-DONE = ("finished", "stopped_early")
 DAMAGED = "damaged"  # finished, but its config or its numbers cannot be read
 NUMBERS = ("steps", "trainable", "change/norm", "change/max_abs", "change/effective_rank")  # beside summary's metrics
 KILLED = "still running, or killed: the same command goes on from the newest checkpoint"
@@ -56,8 +57,8 @@ def find(folder: Path) -> tuple[list[Path], list[Path]]:
     sweeps: list[Path] = []
     denied: list[OSError] = []
     for place, inner, files in os.walk(folder, onerror=denied.append):
-        is_run = "status.json" in files or ("config.json" in files and _is_run(Path(place)))
-        is_sweep = "sweep.json" in files or ".jobs" in inner
+        is_run = RunDirectory(Path(place)).holds_run(files)
+        is_sweep = "sweep.json" in files or JOBS in inner
         found += [Path(place)] * is_run
         sweeps += [Path(place)] * is_sweep
         go_on = is_sweep or not is_run
@@ -68,7 +69,7 @@ def find(folder: Path) -> tuple[list[Path], list[Path]]:
 def history(folder: Path, names: list[str]) -> dict[str, list[tuple[int, float]]]:
     """(step, value) of each metric in a run's metrics.jsonl, in the file's order; torn lines are left out."""
     found: dict[str, list[tuple[int, float]]] = {name: [] for name in names}
-    for row in lines(folder / "metrics.jsonl"):
+    for row in json_rows(RunDirectory(folder).metrics):
         for name in names:
             if _is_number(row.get(name)) and isinstance(row.get("step"), int):
                 found[name].append((row["step"], float(row[name])))
@@ -77,60 +78,22 @@ def history(folder: Path, names: list[str]) -> dict[str, list[tuple[int, float]]
 
 def histograms(folder: Path) -> dict[str, Any]:
     """The newest row of a run's histograms.jsonl: name -> edges [bins + 1], shares [bins]; {} if there is none."""
-    rows = list(lines(folder / "histograms.jsonl"))
+    rows = list(json_rows(RunDirectory(folder).histograms))
     found = rows[-1] if rows else {}
     return {name: one for name, one in found.items() if isinstance(one, dict) and {"edges", "shares"} <= set(one)}
 
 
-def lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file, without the lines that are none; nothing if it cannot be read."""
-    raw = b""
-    with suppress(OSError):
-        raw = path.read_bytes()
-    for line in raw.splitlines():
-        row = None
-        with suppress(ValueError, RecursionError):
-            row = json.loads(line)
-        if isinstance(row, dict):
-            yield row
-
-
-def _is_run(folder: Path) -> bool:
-    """A model's folder has a config.json too. One that cannot be read is taken for a run's, so that it is listed."""
-    try:
-        tree = read_json(folder / "config.json")
-    except (OSError, ValueError):
-        return True
-    return isinstance(tree, dict) and "trainer" in tree
-
-
-def _tree(path: Path) -> tuple[dict[str, Any], str]:
-    """A JSON object, and what is wrong with its file if it cannot be read; {} and "" if there is no file."""
-    try:
-        tree = read_json(path)
-    except FileNotFoundError:
-        return {}, ""
-    except (OSError, ValueError) as fault:
-        return {}, f"{path.name} cannot be read ({fault})"
-    return (tree, "") if isinstance(tree, dict) else ({}, f"{path.name} holds no object")
-
-
 def _listed(sweep: Path) -> dict[str, dict[str, Any]]:
     """What a sweep's files say of each run, by the name of its directory: of those to do, and of those that ended."""
-    runs = _tree(sweep / "sweep.json")[0].get("runs")
+    runs = json_object(sweep / "sweep.json")[0].get("runs")
     entries = [entry for entry in runs if isinstance(entry, dict)] if isinstance(runs, list) else []
-    tasks = {path.stem: _tree(path)[0] | {"ending": "not begun yet"} for path in tasks_of(sweep)}
+    tasks = {path.stem: json_object(path)[0] | {"ending": "not begun yet"} for path in tasks_in(sweep)}
     return tasks | {str(entry["directory"]): entry for entry in entries if entry.get("directory")}
 
 
-def tasks_of(sweep: Path) -> list[Path]:
-    """The task files of a sweep, one per run that it was to do, named after the run's directory."""
-    beside = (".ending.json", ".requeues.json")
-    return sorted(path for path in (sweep / ".jobs").glob("*.json") if not path.name.endswith(beside))
-
-
 def _row(path: Path, listed: Mapping[str, Any]) -> dict[str, Any]:
-    trees = {part: _tree(path / f"{part}.json") for part in ("config", "choices", "status", "summary")}
+    directory = RunDirectory(path)
+    trees = {part: json_object(getattr(directory, part)) for part in ("config", "choices", "status", "summary")}
     config, saved, status, summary = (trees[part][0] for part in ("config", "choices", "status", "summary"))
     state = str(status.get("state") or summary.get("state") or "unknown")
     faults = {part: fault for part, (_, fault) in trees.items() if fault}
@@ -199,13 +162,13 @@ def _is_number(value: Any) -> bool:
 
 
 def _last_step(path: Path) -> int | None:
-    steps = [row["step"] for row in lines(path / "metrics.jsonl") if isinstance(row.get("step"), int)]
+    steps = [row["step"] for row in json_rows(RunDirectory(path).metrics) if isinstance(row.get("step"), int)]
     return steps[-1] if steps else None
 
 
 def _command(path: Path) -> str | None:
     with suppress(OSError):
-        return (path / "command.txt").read_text(encoding="utf-8", errors="replace").strip() or None
+        return RunDirectory(path).command.read_text(encoding="utf-8", errors="replace").strip() or None
     return None
 
 

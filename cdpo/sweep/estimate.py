@@ -6,23 +6,20 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from cdpo.batch import Item
-from cdpo.config.read import Config
+from cdpo.config.schema import Config
+from cdpo.config.task import Task
 from cdpo.model.memory import lasting, outline
 from cdpo.model.pretrained import check_lengths
-from cdpo.sweep.tasks import Outcome, Task, failure
-from cdpo.system.checkpoint import latest_step
-from cdpo.system.files import read_json
-from cdpo.system.ranks import Ranks
-from cdpo.training.checks import read
-from cdpo.training.job import longest, quiet_libraries, tokens
+from cdpo.sweep.tasks import Outcome, failure
+from cdpo.training.checks import checked
+from cdpo.training.directory import RunDirectory
+from cdpo.training.job import quiet_libraries
+from cdpo.training.prepare import Sets, sets_of, tokenised
 from cdpo.training.run import check_fit
 
 DATA = ("dataset", "model", "loss", "seed")  # what decides on the Items of a run
@@ -38,26 +35,28 @@ class Estimate(NamedTuple):
     gib: float | None = None  # weights, gradients, optimizer state, copy of the start; activations come on top
 
 
-def dry_run(tasks: Iterable[tuple[Task, dict[str, Any], Outcome | None]]) -> list[Outcome]:
-    """Print a table of runs, which are composed, or refused already; returns an outcome of each.
+def dry_run(tasks: Iterable[Task | Outcome]) -> list[Outcome]:
+    """Print a table of runs, which are to do, or refused already; returns an outcome of each.
 
     Reads each run's data as the run itself would, so malformed rows and unfit tokenizers are found here.
     """
     logging.getLogger("cdpo").setLevel(logging.WARNING)  # else the same is said of the data for every run
     rows, outcomes, newest = [], [], dict[str, Any]()
-    for task, composed, refusal in tasks:
-        outcome, found = refusal or Outcome(task, state_of(task.directory), 0), Estimate()
-        if not refusal:
-            try:
-                found = estimate(composed, newest)
-            except Exception as error:
-                outcome = failure(task, error)
+    for task in tasks:
+        outcome, found = (task, Estimate()) if isinstance(task, Outcome) else _asked(task, newest)
         outcomes.append(outcome)
-        rows.append((task, found, "refused" if outcome.exit_code else outcome.ending))
+        rows.append((outcome.task, found, "refused" if outcome.exit_code else outcome.ending))
     show(rows)
     for reason, count in Counter(outcome.ending for outcome in outcomes if outcome.exit_code).items():
         print(f"{count} refused: {reason}")
     return outcomes
+
+
+def _asked(task: Task, newest: dict[str, Any]) -> tuple[Outcome, Estimate]:
+    try:
+        return Outcome(task, state_of(task), 0), estimate(task.composed, newest)
+    except Exception as error:
+        return failure(task, error), Estimate()
 
 
 def estimate(composed: dict[str, Any], newest: dict[str, Any]) -> Estimate:
@@ -66,40 +65,37 @@ def estimate(composed: dict[str, Any], newest: dict[str, Any]) -> Estimate:
     Raises what the run itself would, for its config, data, tokenizer and constraints.
     """
     quiet_libraries()
-    spec = read(composed)
+    spec = checked(composed)
     if spec.task is not None:
         return Estimate()
     key = json.dumps([composed[name] for name in DATA])
     if key not in newest:
         newest.clear()
         newest[key] = _data(spec)
-    data, tokenizer, train, held_out = newest[key]
-    items = len(train)
-    check_fit(spec.optimizer, spec.trainer, spec.constraint, items, len(held_out))
+    data, tokenizer, sets = newest[key]
+    items = len(sets.train)
+    check_fit(spec.optimizer, spec.trainer, spec.constraint, items, len(sets.held_out))
     policy = outline(spec, tokenizer, data)
-    check_lengths(policy, longest(train + held_out))
+    check_lengths(policy, sets.longest())
     numbers = sum(p.numel() for p in policy.parameters())
     trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     gib = lasting(policy, spec.optimizer.states) / 2**30
     return Estimate(items, spec.trainer.steps(items), numbers, trainable, gib)
 
 
-def _data(spec: Config) -> tuple[Any, Any, list[Item], list[Item]]:
-    """Rows, tokenizer, and the Items to train on and to hold out."""
+def _data(spec: Config) -> tuple[Any, Any, Sets]:
+    """Rows, tokenizer, and the Items of the run."""
     data = spec.dataset.load(spec.seed)
     tokenizer = spec.model.tokenizer(data)
-    with TemporaryDirectory() as folder:  # for data_report.json
-        train, held_out, *_ = tokens(spec, data, tokenizer, Path(folder), lambda *_: None, Ranks())
-    return data, tokenizer, train, held_out
+    return data, tokenizer, sets_of(spec, tokenised(spec, data, tokenizer))
 
 
-def state_of(folder: Path) -> str:
-    """What a run directory holds already."""
-    path = folder / "status.json"
-    state = read_json(path).get("state") if path.is_file() else None
-    if state in ("finished", "stopped_early"):
+def state_of(task: Task) -> str:
+    """What a run's directory holds already."""
+    directory = RunDirectory(task.directory)
+    if directory.done():
         return "done before"
-    step = latest_step(folder / "checkpoints")
+    state, step = directory.state(), directory.step()
     known = f"{state} before, " if state else ""
     return f"{known}goes on from step {step}" if step >= 0 else f"{known}to do"
 

@@ -1,7 +1,7 @@
-"""The runs of a sweep on this machine, one process each: `python -m cdpo.sweep.local < PLAN`; an ended one is a line of JSON.
+"""The runs of a sweep on this machine, one process each.
 
-This process imports what training needs, once, does nothing else, and forks; so a run starts at once, and one that is
-killed, or kills itself, leaves the others alone.
+`python -m cdpo.sweep.local < PLAN` imports what training needs, once, does nothing else, and forks: so a run starts at
+once, and one that is killed, or kills itself, leaves the others alone. Each run that has ended is a line of JSON.
 """
 
 from __future__ import annotations
@@ -11,14 +11,82 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cdpo.config.task import Task, file_of, read_task
+from cdpo.sweep.launch import at_least
+from cdpo.sweep.tasks import INTERRUPTED, Outcome, own_word, read_ending
+from cdpo.sweep.worker import carry_out
+from cdpo.system.progress import Progress
 from cdpo.system.signals import Signals
+from cdpo.training.directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Local:
+    """At most `at_once` runs at a time, each in its own process; null: one per visible GPU, or else per core."""
+
+    at_once: int | None = None
+    retry_failed: bool = False
+
+    def check_options(self) -> None:
+        """Raises ConfigError."""
+        if self.at_once is not None:
+            at_least(1, "at_once", self.at_once, int)
+
+    def check(self, task: Task) -> None:
+        """Any run can be done here."""
+
+    def carry_out(self, tasks: Sequence[Task], jobs: int) -> list[Outcome]:
+        """Do the tasks, which are part of a sweep of so many jobs. Signals that come here reach the runs."""
+        if not tasks:
+            return []
+        by_file = {str(file_of(task)): task for task in tasks}
+        codes: dict[str, int] = {}
+        plan = {"files": list(by_file), "jobs": jobs, "at_once": self.at_once}
+        with _pool(plan) as lines, Progress(len(tasks), 0, "runs") as bar:
+            for line in lines:
+                ended = json.loads(line)
+                codes[ended["file"]] = ended["code"]
+                bar.update(len(codes))
+        return [own_word(task) or read_ending(task) or _killed(task, codes.get(file)) for file, task in by_file.items()]
+
+
+@contextmanager
+def _pool(plan: dict[str, Any]) -> Iterator[Any]:
+    """`main` at work on a plan, in a session of its own: it gets signals from here only, each of them once."""
+    command = [sys.executable, "-m", "cdpo.sweep.local"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as pool:  # type: ignore[call-overload]
+        handlers = {n: signal.signal(n, lambda n, _: pool.send_signal(n)) for n in Signals.HANDLED}
+        try:
+            pool.stdin.write(json.dumps(plan))
+            pool.stdin.close()
+            yield pool.stdout
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    if pool.returncode > 0:
+        raise RuntimeError(f"the process that starts the runs ended with {pool.returncode}; its message stands above")
+
+
+def _killed(task: Task, code: int | None) -> Outcome:
+    """The outcome of a process that ended without a word; None: it was never started."""
+    if code is None:
+        ending = "not started, as the sweep was asked to stop; the same command starts it"
+        return Outcome(task, ending, INTERRUPTED)
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended by an exit({code})"
+    return Outcome(task, f"{how}, see {RunDirectory(task.directory).output_log}; the same command goes on", 1)
+
+
+# ------------------------------------------------------------------------------------------ the process that forks
 
 
 def main() -> None:
@@ -67,17 +135,14 @@ class Pool:
             slot = self.free.pop(0)
             pid = os.fork()
             if pid == 0:
-                _child(lambda: self._task(file, slot))
+                child(lambda: self._task(file, slot))
             self.running[pid] = file, slot
             if self.stopping:  # another thread of this process took the signal meanwhile
                 self._pass_on(self.stopping)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, Signals.HANDLED)
 
     def _task(self, file: str, slot: int) -> int:
-        from cdpo.sweep.tasks import read_task
-        from cdpo.sweep.worker import carry_out
-
-        _write_to(read_task(Path(file))[0].directory / "output.log")
+        write_to(RunDirectory(read_task(Path(file)).directory).output_log)
         if self.gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         error = carry_out(Path(file), self.threads)
@@ -99,7 +164,7 @@ class Pool:
                 os.kill(pid, number)
 
 
-def _write_to(path: Path) -> None:
+def write_to(path: Path) -> None:
     """What this process prints, a crash's last words too, goes to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for stream in (1, 2):
@@ -107,7 +172,7 @@ def _write_to(path: Path) -> None:
     faulthandler.enable()
 
 
-def _child(work: Callable[[], int]) -> None:
+def child(work: Callable[[], int]) -> None:
     """Never returns: ends this process with the code of `work`. A signal is remembered until the run asks for it."""
     code = 1
     try:

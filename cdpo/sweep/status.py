@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from cdpo.config.task import ENDING, JOBS, tasks_in
 from cdpo.errors import CdpoError, ConfigError
-from cdpo.report.runs import find, tasks_of
-from cdpo.sweep import slurm
-from cdpo.system.files import read_json
+from cdpo.report.runs import find
+from cdpo.sweep.queue import Queued, accounted, queued
+from cdpo.system.files import json_object
 from cdpo.system.locks import alive
+from cdpo.training.directory import DONE, RunDirectory
 
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 
@@ -50,17 +52,17 @@ def main() -> None:
 def rows(folder: Path) -> list[Row]:
     """One per run in `folder`, begun or submitted. Raises ConfigError if there is none."""
     runs, sweeps = find(folder)
-    jobs = {sweep / name: job for sweep in sweeps for name, job in _json(sweep / "jobs.json").items()}
-    paths = {*runs, *jobs, *(sweep / path.stem for sweep in sweeps for path in tasks_of(sweep))}
+    jobs = {sweep / name: job for sweep in sweeps for name, job in json_object(sweep / "jobs.json")[0].items()}
+    paths = {*runs, *jobs, *(sweep / path.stem for sweep in sweeps for path in tasks_in(sweep))}
     if not paths:
         raise ConfigError(f"{folder} has no run")
     try:
-        queue = slurm.queued([job["job_id"] for job in jobs.values()])
+        queue = queued([job["job_id"] for job in jobs.values()])
     except ConfigError as error:
         print(f"cdpo-status: what waits or runs is not known here ({error})", file=sys.stderr)
         queue, jobs = {}, {path: {"unknown": True} for path in jobs}
     gone = [job["job_id"] for job in jobs.values() if job.get("job_id", "") not in {"", *queue}]
-    accounts = slurm.accounted(gone) if gone else {}
+    accounts = accounted(gone) if gone else {}
     found = {path.relative_to(folder).as_posix(): path for path in paths}
     return [_row(name, path, jobs.get(path, {}), queue, accounts) for name, path in sorted(found.items())]
 
@@ -73,21 +75,22 @@ def show(found: list[Row], finished: bool = False) -> None:
     for name in Row._fields:
         table.add_column(name, overflow="fold")
     for row in found:
-        if finished or row.state not in ("finished", "stopped_early"):
+        if finished or row.state not in DONE:
             table.add_row(*row)
     if table.row_count:
         console.print(table)
 
 
-def _row(name: str, path: Path, job: dict[str, Any], queue: dict[str, slurm.Queued], accounts: dict[str, str]) -> Row:
-    status, ending = _json(path / "status.json"), _json(path.parent / ".jobs" / f"{path.name}.ending.json")
+def _row(name: str, path: Path, job: dict[str, Any], queue: dict[str, Queued], accounts: dict[str, str]) -> Row:
+    status, _ = json_object(RunDirectory(path).status)
+    ending, _ = json_object(path.parent / JOBS / f"{path.name}{ENDING}.json")
     state, cause = status.get("state"), str(status.get("cause") or ending.get("ending") or "")
-    queued = queue.get(job.get("job_id", ""))
-    if state in ("finished", "stopped_early"):
+    there = queue.get(job.get("job_id", ""))
+    if state in DONE:
         return Row(name, state)
-    if queued and queued.state in WAITING:
-        return Row(name, "waiting", *_progress(path)[:1], cause=f"{queued.state.lower()}: {queued.reason}")
-    if queued or (state == "running" and alive(path)):
+    if there and there.state in WAITING:
+        return Row(name, "waiting", *_progress(path)[:1], cause=f"{there.state.lower()}: {there.reason}")
+    if there or (state == "running" and alive(path)):
         return Row(name, "running", *_progress(path))
     account = accounts.get(job.get("job_id", ""))
     if state == "running":
@@ -103,7 +106,7 @@ def _row(name: str, path: Path, job: dict[str, Any], queue: dict[str, slurm.Queu
 
 def _progress(folder: Path) -> tuple[str, str]:
     """Step, and time left; empty where the run has not said so."""
-    said = _json(folder / "progress.json")
+    said, _ = json_object(RunDirectory(folder).progress)
     if not said:
         return "", ""
     pace, steps = said["seconds_per_step"], said["steps"] - said["step"]
@@ -112,15 +115,6 @@ def _progress(folder: Path) -> tuple[str, str]:
         f"{said['step']}/{said['steps']}",
         "" if left is None else f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}",
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a file; {} if there is none, or it cannot be read just now."""
-    try:
-        tree = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return tree if isinstance(tree, dict) else {}
 
 
 if __name__ == "__main__":

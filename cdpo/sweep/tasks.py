@@ -1,40 +1,22 @@
-"""A sweep: its runs as tasks that any process can carry out, what became of each, and what is written at the end.
-
-A task travels as JSON, in SWEEP/.jobs/RUN.json, with its config resolved: what was submitted is what runs, whatever is
-edited meanwhile. Its process says how it ended in RUN.ending.json; without that file it was killed.
-"""
+"""What became of the runs of a sweep. The process of each says how it ended, in a file; without that it was killed."""
 
 from __future__ import annotations
 
 import logging
-import shutil
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cdpo.config.task import ENDING, Task, file_of
 from cdpo.errors import CdpoError, Preempted
-from cdpo.system.files import read_json, write_json
+from cdpo.system.files import json_object, read_json, write_json
+from cdpo.system.progress import summary_table
+from cdpo.training.directory import RunDirectory
 
 log = logging.getLogger(__name__)
 
-
-class Task(NamedTuple):
-    """One run to do."""
-
-    directory: Path
-    sweep: Path | None  # directory of the sweep that it belongs to
-    command: str
-    choices: dict[str, Any]
-
-    def file(self, kind: str = "") -> Path:
-        """Where the sweep keeps something of this task."""
-        assert self.sweep is not None
-        return self.sweep / ".jobs" / f"{self.directory.name}{kind}.json"
-
-    @property
-    def group(self) -> str | None:
-        """The sweep's name, for the logger."""
-        return self.sweep.name if self.sweep else None
+INTERRUPTED = Preempted.exit_code  # of a run that goes on when the same command is given again
 
 
 class Outcome(NamedTuple):
@@ -45,13 +27,8 @@ class Outcome(NamedTuple):
     exit_code: int
 
 
-ALONE = "a sweep is started by one process; its runs have ranks of their own with hydra/launcher=slurm"
-
-#: of all runs that this process has carried out or waited for
-OUTCOMES: list[Outcome] = []
-
-
 def done(task: Task) -> Outcome:
+    """The outcome of a run that went through."""
     return Outcome(task, "done", 0)
 
 
@@ -60,47 +37,19 @@ def failure(task: Task, error: Exception) -> Outcome:
 
     Not the exception itself: its traceback would keep the model in memory through the rest of a sweep.
     """
-    if not forget(task.directory) and not isinstance(error, CdpoError):
+    if not RunDirectory(task.directory).forget_bare() and not isinstance(error, CdpoError):
         log.error("%s", "".join(traceback.format_exception(error)))
     return Outcome(task, f"{type(error).__name__}: {error}", getattr(error, "exit_code", 1))
 
 
-def forget(folder: Path) -> bool:
-    """Remove a run directory in which nothing was begun; returns whether it was one."""
-    bare = folder.is_dir() and {path.name for path in folder.iterdir()} <= {"train.log", "output.log"}
-    if bare:
-        shutil.rmtree(folder)
-    return bare
-
-
-# ------------------------------------------------------------------------------------------------ tasks on their way
-
-
-def write_task(task: Task, composed: dict[str, Any]) -> Path:
-    """Put a task where another process finds it; forgets how it ended before, and its requeues. Raises DiskError."""
-    path = task.file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for kind in (".ending", ".requeues"):
-        task.file(kind).unlink(missing_ok=True)
-    plain = task._asdict() | {"directory": str(task.directory), "sweep": str(task.sweep), "composed": composed}
-    write_json(path, plain)
-    return path
-
-
-def read_task(path: Path) -> tuple[Task, dict[str, Any]]:
-    """A task and its config."""
-    plain = read_json(path)
-    return Task(Path(plain["directory"]), Path(plain["sweep"]), plain["command"], plain["choices"]), plain["composed"]
-
-
 def write_ending(outcome: Outcome, **more: Any) -> None:
     """Say how a task ended."""
-    write_json(outcome.task.file(".ending"), {"ending": outcome.ending, "exit_code": outcome.exit_code, **more})
+    write_json(file_of(outcome.task, ENDING), {"ending": outcome.ending, "exit_code": outcome.exit_code, **more})
 
 
 def read_ending(task: Task) -> Outcome | None:
     """How a task ended; None if it has not, or was killed."""
-    path = task.file(".ending")
+    path = file_of(task, ENDING)
     if not path.is_file():
         return None
     ending = read_json(path)
@@ -109,37 +58,35 @@ def read_ending(task: Task) -> Outcome | None:
 
 def earlier(task: Task, retry_failed: bool) -> Outcome | None:
     """The outcome that a run has already: finished, or failed and not to be tried again. None if it is to be done."""
-    path = task.directory / "status.json"
-    status = read_json(path) if path.is_file() else {}
-    if status.get("state") in ("finished", "stopped_early"):
+    directory = RunDirectory(task.directory)
+    if directory.done():
         return Outcome(task, "done before", 0)
-    if status.get("state") == "failed" and not retry_failed:
-        return Outcome(task, f"failed before, hydra.launcher.retry_failed=true tries again: {status.get('cause')}", 1)
+    if directory.state() == "failed" and not retry_failed:
+        cause = json_object(directory.status)[0].get("cause")
+        return Outcome(task, f"failed before, hydra.launcher.retry_failed=true tries again: {cause}", 1)
     return None
+
+
+def own_word(task: Task) -> Outcome | None:
+    """What a run says of its end; None if it says nothing, or was stopped and would go on."""
+    said = read_ending(task)
+    return earlier(task, retry_failed=True) if said is None or said.exit_code == INTERRUPTED else said
 
 
 # -------------------------------------------------------------------------------------------------------- at the end
 
 
-def sweeps() -> set[Path]:
-    """Directories of the sweeps, one as a rule, that the runs of this process belong to."""
-    return {outcome.task.sweep for outcome in OUTCOMES if outcome.task.sweep}
-
-
-def end() -> int:
+def end(folder: Path, outcomes: Sequence[Outcome]) -> int:
     """One line per run, sweep.json, the report; returns 0 if all are done, 75 if it was asked to stop, else 1."""
-    from cdpo.system.progress import summary_table
-
-    table = {outcome.task.directory.name: outcome.ending[:100] for outcome in OUTCOMES}
-    summary_table(table, title=f"{len(OUTCOMES)} runs, {sum(not outcome.exit_code for outcome in OUTCOMES)} done")
-    for folder in sweeps():
-        record(folder / "sweep.json", OUTCOMES)
-        report(folder)
-    failures = {outcome.exit_code for outcome in OUTCOMES if outcome.exit_code}
-    return Preempted.exit_code if failures == {Preempted.exit_code} else int(bool(failures))
+    table = {outcome.task.directory.name: outcome.ending[:100] for outcome in outcomes}
+    summary_table(table, title=f"{len(outcomes)} runs, {sum(not outcome.exit_code for outcome in outcomes)} done")
+    record(folder / "sweep.json", outcomes)
+    report(folder)
+    failures = {outcome.exit_code for outcome in outcomes if outcome.exit_code}
+    return INTERRUPTED if failures == {INTERRUPTED} else int(bool(failures))
 
 
-def record(path: Path, outcomes: list[Outcome]) -> None:
+def record(path: Path, outcomes: Sequence[Outcome]) -> None:
     """Add runs to those that earlier sweeps in the same directory have recorded."""
     known = {run["directory"]: run for run in read_json(path)["runs"]} if path.is_file() else {}
     for task, ending, code in outcomes:
@@ -151,7 +98,7 @@ def record(path: Path, outcomes: list[Outcome]) -> None:
 def report(folder: Path) -> None:
     """Write the report of a sweep. Whatever goes wrong with it, the runs are what they are."""
     try:
-        from cdpo.report.write import report as write
+        from cdpo.report.write import report as write  # with pandas and matplotlib
 
         print(f"report: {write(folder)}")
     except Exception as error:

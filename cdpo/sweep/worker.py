@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cdpo.config.task import REQUEUES, Task, file_of, read_task
 from cdpo.errors import Preempted, rank_0_says
-from cdpo.sweep.tasks import Task, done, failure, read_task, write_ending
+from cdpo.sweep.tasks import done, failure, write_ending
 from cdpo.system.files import read_json, write_json
 from cdpo.system.rendezvous import place
 from cdpo.system.signals import Signals
+from cdpo.training.directory import RunDirectory
 
 log = logging.getLogger(__name__)
 
@@ -29,17 +31,16 @@ def carry_out(file: Path, threads: int | None = None) -> Exception | None:
 
     Of several ranks that were started with one file, only the first writes.
     """
-    task, composed = read_task(file)
-    rank = place().rank
+    task, rank = read_task(file), place().rank
     if rank:
         logging.disable()
     else:
-        _log_to(task.directory / "train.log")
+        _log_to(RunDirectory(task.directory).train_log)
     outcome, error = done(task), None
     try:
-        from cdpo.training.job import run
+        from cdpo.training.job import run  # with torch, after the signals of a SLURM task are handled
 
-        run(composed, task.directory, task.command, task.group, task.choices, threads)
+        run(task, threads)
     except Exception as fault:
         log.error("%s", fault)
         error = fault.with_traceback(None)
@@ -72,12 +73,11 @@ def _requeue(job: str, times: int = 5) -> None:
 
 
 @dataclass
-class SlurmTask:
+class SlurmJob:
     """What submitit calls on a node. SLURM starts it again after a requeue, and the run goes on from its checkpoint."""
 
-    file: str
-    max_requeues: int = 3
-    """requeues without a new step, after which the job fails"""
+    file: str  # of the task
+    max_requeues: int = 3  # requeues without a new step, after which the job fails
 
     def __call__(self) -> None:
         """Raises SystemExit with the run's exit code, so that SLURM says FAILED."""
@@ -94,26 +94,9 @@ class SlurmTask:
 
         return DelayedSubmission(self)
 
-    def _stop(self, signal: str | None) -> None:
-        """SIGTERM: wait for the kill; who ends early was COMPLETED or FAILED, and a preempted job is not requeued.
-
-        USR1, USR2: time is up; requeue. Never after SIGTERM, which scancel sends too: a requeue would revive the job.
-        """
-        task, _ = read_task(Path(self.file))
-        if signal in ("SIGUSR1", "SIGUSR2") and (place().rank or self._may_requeue(task)):
-            if place().rank == 0:
-                _requeue(os.environ["SLURM_JOB_ID"])
-            log.info("requeued; waiting to be stopped")
-            time.sleep(600)
-        elif signal == "SIGTERM":
-            log.info("saved; waiting to be stopped")
-            time.sleep(3600)
-
-    def _may_requeue(self, task: Task) -> bool:
+    def may_requeue(self, task: Task) -> bool:
         """Whether steps advanced since the last requeue, or it was not asked for too often without; counts it."""
-        from cdpo.system.checkpoint import latest_step
-
-        path, step = task.file(".requeues"), latest_step(task.directory / "checkpoints")
+        path, step = file_of(task, REQUEUES), RunDirectory(task.directory).step()
         before = read_json(path) if path.is_file() else {"step": -1, "without_progress": 0, "total": 0}
         idle = 0 if step > before["step"] else before["without_progress"] + 1
         if idle > self.max_requeues:
@@ -121,6 +104,20 @@ class SlurmTask:
             return False
         write_json(path, {"step": step, "without_progress": idle, "total": before["total"] + 1})
         return True
+
+    def _stop(self, signal: str | None) -> None:
+        """SIGTERM: wait for the kill; who ends early was COMPLETED or FAILED, and a preempted job is not requeued.
+
+        USR1, USR2: time is up; requeue. Never after SIGTERM, which scancel sends too: a requeue would revive the job.
+        """
+        if signal in ("SIGUSR1", "SIGUSR2") and (place().rank or self.may_requeue(read_task(Path(self.file)))):
+            if place().rank == 0:
+                _requeue(os.environ["SLURM_JOB_ID"])
+            log.info("requeued; waiting to be stopped")
+            time.sleep(600)
+        elif signal == "SIGTERM":
+            log.info("saved; waiting to be stopped")
+            time.sleep(3600)
 
 
 if __name__ == "__main__":

@@ -15,20 +15,28 @@ import json
 import logging
 import math
 import os
-import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cdpo.errors import ConfigError
-from cdpo.system.files import read_json, redact, remove, replacing, require_space, sha256, sweep, to_json, write_atomic
+from cdpo.system.files import (
+    read_json,
+    redact,
+    remove,
+    remove_drafts,
+    replacing,
+    require_space,
+    sha256,
+    to_json,
+    write_atomic,
+)
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +71,7 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
     _part(tensors)
     target = folder / f"checkpoint-{step:08d}"
     need = sum(tensor.nbytes for tensor in tensors.values())
-    sweep(folder)
+    remove_drafts(folder)
     require_space(folder, need)
     with replacing(target, need) as draft:
         _write(draft, step, tree, tensors)
@@ -135,7 +143,7 @@ def _write(draft: Path, step: int, tree: Any, tensors: dict[str, Tensor]) -> Non
     with replacing(draft / TENSORS) as part:
         _save_tensors(tensors, part)
     write_atomic(draft / STATE, json.dumps(tree, allow_nan=False).encode())
-    files = {name: _print(draft / name) for name in (TENSORS, STATE)}
+    files = {name: _fingerprint(draft / name) for name in (TENSORS, STATE)}
     manifest = {"format": FORMAT, "step": step, "files": files}
     write_atomic(draft / MANIFEST, to_json(manifest, indent=1).encode())  # ends in "}": no cut goes unseen
 
@@ -169,14 +177,14 @@ def _faults(path: Path, step: int, thorough: bool = False) -> list[str]:
         for name, expected in manifest["files"].items():
             if (path / name).stat().st_size != expected["size"]:
                 return [f"{name}: {(path / name).stat().st_size} bytes, {MANIFEST} says {expected['size']}"]
-            if thorough and _print(path / name) != expected:
+            if thorough and _fingerprint(path / name) != expected:
                 return [f"{name}: its sha256 is not that of {MANIFEST}"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
         return [f"{MANIFEST}: {type(fault).__name__}: {fault}"]
     return []
 
 
-def _print(path: Path) -> dict[str, Any]:
+def _fingerprint(path: Path) -> dict[str, Any]:
     """Fingerprint of a file, as in the manifest."""
     return {"size": path.stat().st_size, "sha256": sha256(path)}
 
@@ -238,32 +246,3 @@ def _part(tensors: dict[str, Tensor]) -> None:
         if storage.nbytes() != tensor.nbytes or storage.data_ptr() in taken:
             tensors[name] = tensor.clone()
         taken.add(storage.data_ptr())
-
-
-# ---------------------------------------------------------------------------------------------------- random numbers
-
-
-def rng_state() -> dict[str, Any]:
-    """The state of every random number generator, as a tree for `save`: python, numpy, torch, all CUDA devices."""
-    legacy: Any = numpy.random.get_state(legacy=False)
-    key = legacy["state"]["key"].tolist()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {
-        "python": random.getstate(),
-        "numpy": {**legacy, "state": {**legacy["state"], "key": key}},
-        "torch": torch.get_rng_state(),
-        "cuda": list(cuda),
-    }
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Continue the random numbers where `rng_state` left them; a CUDA device that is not here is left out."""
-    random.setstate(state["python"])
-    numpy.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    for device, saved in zip(_cuda_devices(), state["cuda"]):
-        torch.cuda.set_rng_state(saved, device)
-
-
-def _cuda_devices() -> Iterator[int]:
-    yield from range(torch.cuda.device_count() if torch.cuda.is_available() else 0)

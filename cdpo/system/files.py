@@ -59,6 +59,30 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not valid JSON ({fault})") from fault
 
 
+def json_object(path: Path) -> tuple[dict[str, Any], str]:
+    """The object in a JSON file, and what is wrong with one that cannot be read; {} and "" if there is no file."""
+    try:
+        tree = read_json(path)
+    except FileNotFoundError:
+        return {}, ""
+    except (OSError, ValueError) as fault:
+        return {}, f"{path.name} cannot be read ({fault})"
+    return (tree, "") if isinstance(tree, dict) else ({}, f"{path.name} holds no object")
+
+
+def json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file, without the lines that are none; nothing if it cannot be read."""
+    raw = b""
+    with suppress(OSError):
+        raw = path.read_bytes()
+    for line in raw.splitlines():
+        row = None
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+        if isinstance(row, dict):
+            yield row
+
+
 def sha256(path: Path) -> str:
     """Hexadecimal sha256 of a file's content. Raises OSError."""
     digest = hashlib.sha256()
@@ -169,11 +193,11 @@ def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        with suppress(OSError):  # a leftover, which `sweep` takes next time
+        with suppress(OSError):  # a leftover, which `remove_drafts` takes next time
             path.unlink()
 
 
-def sweep(folder: Path) -> None:
+def remove_drafts(folder: Path) -> None:
     """Delete the drafts that killed writers left in `folder`. Only for who holds the folder's lock."""
     for leftover in Path(folder).glob(".*.tmp"):
         remove(leftover)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import gc
 import itertools
-import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -90,15 +89,15 @@ class Ranks:
         """What `work` returns on rank 0, the only rank that does it."""
         return self.each(lambda: work() if self.first else None)[0]  # type: ignore[return-value]
 
-    def dealt(self, tasks: Sequence[A], work: Callable[[A], Tensor]) -> Iterator[Tensor]:
-        """work(task) of every task, in order: each rank does every size-th, and all get all results, on the CPU.
+    def dealt(self, portions: Sequence[A], work: Callable[[A], Tensor]) -> Iterator[Tensor]:
+        """work(portion) of every portion, in order: each rank does every size-th, and all get all results, on the CPU.
 
-        In the last round a rank without a task repeats one: sharded ranks must go through the model equally often.
+        In the last round a rank without a portion repeats one: sharded ranks must go through the model equally often.
         """
-        for start in range(0, len(tasks), self.size):
-            own = tasks[min(start + self.rank, len(tasks) - 1)]
+        for start in range(0, len(portions), self.size):
+            own = portions[min(start + self.rank, len(portions) - 1)]
             results = self.each(lambda own=own: self._alike(work(own)), through_model=True)  # type: ignore[misc]
-            yield from results[: len(tasks) - start]
+            yield from results[: len(portions) - start]
 
     def _alike(self, tensor: Tensor) -> Tensor:
         """A tensor as it can travel: on the CPU, unless it need not."""
@@ -122,9 +121,6 @@ class Ranks:
             flat = self.add(torch.cat([part.flatten() for part in parts]))
             for p, part in zip(bucket, flat.split([p.numel() for p in bucket])):
                 p.grad = part.view_as(p)
-
-
-ALONE = Ranks()
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -224,7 +220,6 @@ def started(how: str, cuda: bool) -> Iterator[Ranks]:
     if cuda:
         torch.cuda.set_device(local % torch.cuda.device_count())
     announce(here)
-    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else accelerate chooses another number
     with _lost():
         store = dist.PrefixStore(f"cdpo-{next(_GROUPS)}", _store(size))
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"

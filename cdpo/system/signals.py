@@ -32,10 +32,9 @@ class Signals:
         """The name of the signal that asked to stop, "SIGTERM" for example, or None."""
         return self._pending
 
-    @property
-    def requested(self) -> bool:
-        """Whether a signal asked to stop."""
-        return self._pending is not None
+    def request(self, name: str) -> None:
+        """Ask to stop, as the signal of that name does."""
+        self._pending, self._received = name, time.monotonic()
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
@@ -60,4 +59,4 @@ class Signals:
         if self._pending is not None:
             os.write(2, f"\n{name} after {self._pending}: exiting at once, without saving\n".encode())
             os._exit(128 + number)
-        self._pending, self._received = name, time.monotonic()
+        self.request(name)

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from cdpo.config import read as config
+from cdpo.config.build import build
+from cdpo.config.schema import Config
 from cdpo.constraints.constraint import Constraint, check
 from cdpo.errors import ConfigError
 from cdpo.model.tabular import Tabular
 
 
-def read(composed: dict[str, Any]) -> config.Config:
+def checked(composed: dict[str, Any]) -> Config:
     """A config's objects, checked as far as no data is needed. Raises ConfigError."""
-    spec = config.read(composed)
+    spec = build(composed)
     _check_kinds(spec)
     _check_drawn(spec)
     check(spec.constraint, lbfgs=spec.optimizer.full_batch, fsdp=spec.trainer.distributed == "fsdp")
@@ -26,7 +27,7 @@ def read(composed: dict[str, Any]) -> config.Config:
     return spec
 
 
-def _check_drawn(spec: config.Config) -> None:
+def _check_drawn(spec: Config) -> None:
     """ConfigError where a loss takes pairs for drawn from what they were not drawn from."""
     drawn = getattr(spec.loss, "drawn", None)
     sampling = getattr(spec.dataset, "sampling", "uniform")  # of other data with rewards, every pair stands
@@ -38,7 +39,7 @@ def _check_drawn(spec: config.Config) -> None:
     raise ConfigError(f"loss.drawn={drawn}, but the pairs are drawn {where}: set {advice}")
 
 
-def _check_fsdp(spec: config.Config) -> None:
+def _check_fsdp(spec: Config) -> None:
     """ConfigError for what does not work on shards."""
     refused = {
         "optimizer=lbfgs": spec.optimizer.full_batch,
@@ -50,7 +51,7 @@ def _check_fsdp(spec: config.Config) -> None:
         raise ConfigError(f"trainer.distributed=fsdp does not go with {', '.join(names)}; use trainer.distributed=ddp")
 
 
-def _check_kinds(spec: config.Config) -> None:
+def _check_kinds(spec: Config) -> None:
     """ConfigError if a group holds something of another kind, or nothing."""
     kinds = {"model": "load", "dataset": "load", "loss": "unit", "optimizer": "build", "logger": "start"}
     for group, method in kinds.items():

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cdpo.config.read import Trainer
+from cdpo.config.schema import Trainer
 from cdpo.constraints.constraint import Constraint
-from cdpo.data.packing import Plan
+from cdpo.data.packing import Plan, Scored
 from cdpo.errors import ConfigError
+from cdpo.losses.loss import reward_scale
 from cdpo.model.change import Change
-from cdpo.model.reference import Scored
 from cdpo.optim import Schedule
 from cdpo.system import checkpoint
-from cdpo.system.ranks import ALONE, Ranks, like, whole_tree
-from cdpo.system.signals import Signals
-from cdpo.training.evaluation import reward_scale
+from cdpo.system.ranks import like, whole_tree
+from cdpo.system.rng import rng_state, set_rng_state
+from cdpo.training.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -46,49 +43,38 @@ class State:
         return self.ratio_sum / self.step if self.step else 0.0
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
     """One training run: a policy that starts as the reference, what it learns from, and what holds it back."""
 
+    session: Session
     policy: Any  # wrapped by the constraints already
     tokenizer: Any
     train: Scored
     held_out: Scored
-    loss: Any
-    constraints: dict[str, Constraint]
-    optimizer: Schedule
-    trainer: Trainer
-    beta: float  # of the objective J
-    seed: int
-    folder: Path
-    accelerator: Accelerator
-    signals: Signals
-    logger: Any
-    composed: dict[str, Any]  # the config, for the logger's copy
-    group: str | None = None  # the sweep that the run belongs to, for the logger's copy
+    trainer: Trainer  # that of the config, with micro-batches for which the device has room
     data_rates: dict[str, float] = field(default_factory=dict)  # shares of rows cut and dropped, logged with each step
-    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
-        items, trainer = self.train.items, self.trainer
-        size, steps = trainer.size(len(items)), trainer.steps(len(items))
-        check_fit(self.optimizer, trainer, self.constraints, len(items), len(self.held_out.items))
-        sizes = [item.tokens for item in items]
+        spec, items = self.session.spec, self.train.items
+        self.loss, self.optimizer = spec.loss, spec.optimizer
+        self.constraints: dict[str, Constraint] = spec.constraint
+        self.ranks, self.device, self.directory = self.session.ranks, self.session.device, self.session.directory
+        self.autocast = self.session.autocast
+        self.betas = (reward_scale(self.loss, spec.beta), spec.beta)  # of the implicit reward, of the objective J
+        self.reads_baseline = getattr(self.loss, "reads_baseline", False)
+        check_fit(self.optimizer, self.trainer, self.constraints, len(items), len(self.held_out.items))
         self.weights = [sum(pair.weight for pair in item.pairs) if self.loss.unit == "pair" else 1.0 for item in items]
-        self.plan = Plan(sizes, size, steps, self.seed, trainer.budget)
-        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        if not self.parameters:
-            raise ConfigError("no parameter is left to train: loosen the constraint")
-        if any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters):
-            log.warning(
-                "weights in 16 bits are trained: steps below 1/256 of a weight round away. "
-                "Set model.dtype=float32 trainer.autocast=true, or train a LoRA, whose factors are float32"
-            )
+        self.plan = Plan(
+            sizes=[item.tokens for item in items],
+            batch_size=self.trainer.size(len(items)),
+            steps=self.trainer.steps(len(items)),
+            seed=spec.draw,
+            micro_batch=self.trainer.micro_batch,
+        )
+        self.parameters = trained_parameters(self.policy)
         self.optim: Optimizer = self.optimizer.build(self.parameters)
         self.change = Change(self.policy)
-        self.autocast = self.accelerator.autocast if self.trainer.autocast else nullcontext  # which costs nothing
-        self.reads_baseline = getattr(self.loss, "reads_baseline", False)
-        self.betas = (reward_scale(self.loss, self.beta), self.beta)  # of the implicit reward, of the objective J
         self.state = State()
         for constraint in self.constraints.values():
             constraint.begin(self.policy, self.change)
@@ -102,6 +88,19 @@ class Run:
         """The training state that a loss may read."""
         baseline = self.state.baseline if self.reads_baseline else None
         return {"progress": self.state.step / self.plan.steps, "baseline": baseline}
+
+
+def trained_parameters(policy: Any) -> list[torch.nn.Parameter]:
+    """What is left to train. ConfigError if nothing is; a warning where weights are too coarse to be trained."""
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    if not parameters:
+        raise ConfigError("no parameter is left to train: loosen the constraint")
+    if any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters):
+        log.warning(
+            "weights in 16 bits are trained: steps below 1/256 of a weight round away. "
+            "Set model.dtype=float32 trainer.autocast=true, or train a LoRA, whose factors are float32"
+        )
+    return parameters
 
 
 def check_fit(
@@ -118,7 +117,7 @@ def check_fit(
 
 def snapshot(run: Run) -> dict[str, Any]:
     """Everything that changes the trajectory; all ranks must ask for it together, the first gets it complete."""
-    rng, *others = run.ranks.gather(checkpoint.rng_state())
+    rng, *others = run.ranks.gather(rng_state())
     state = {
         "state": vars(run.state),
         "data": [run.train.fingerprint(), run.held_out.fingerprint()],
@@ -131,11 +130,12 @@ def snapshot(run: Run) -> dict[str, Any]:
     return whole_tree(state, keep=run.ranks.first)  # type: ignore[no-any-return]
 
 
-def restore(run: Run, checkpoints: Path) -> int:
+def restore(run: Run) -> int:
     """Put the run back to its newest checkpoint. Returns that step, or -1 where there is none.
 
     Raises ConfigError if the checkpoint is of other data or of other parameters, or not the same on all ranks.
     """
+    checkpoints = run.directory.checkpoints
     found = checkpoint.newest(checkpoints)
     if len(set(steps := run.ranks.gather(found and found[0]))) > 1:
         raise ConfigError(f"{checkpoints}: the ranks see checkpoints of steps {steps}; output_root must be shared")
@@ -156,12 +156,12 @@ def restore(run: Run, checkpoints: Path) -> int:
     vars(run.state).update(saved["state"])
     rngs = [saved["rng"], *saved.get("rng_of_other_ranks", [])]
     if len(rngs) == run.ranks.size:
-        checkpoint.set_rng_state(rngs[run.ranks.rank])
+        set_rng_state(rngs[run.ranks.rank])
     log.info("resumed from step %d", step)
     return step
 
 
-def _laid_out(optimizer: dict[str, Any], parameters: list[Tensor]) -> dict[str, Any]:
+def _laid_out(optimizer: dict[str, Any], parameters: list[torch.nn.Parameter]) -> dict[str, Any]:
     """An optimizer's state, whose tensors are whole, as its parameters lie on the ranks."""
     state = {
         i: {key: like(value, parameters[i]) if isinstance(value, Tensor) else value for key, value in entry.items()}

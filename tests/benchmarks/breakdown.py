@@ -1,7 +1,4 @@
-"""python -m benchmarks.breakdown: where the time of a training step goes, by torch's profiler; cdpo's side alone.
-
-Uses no more of cdpo than `cdpo.training.job.run` and `cdpo.training.loop._step`, so that it can look at older commits too (PYTHONPATH).
-"""
+"""python -m benchmarks.breakdown: where the time of a training step goes, by torch's profiler; cdpo's side alone."""
 
 from __future__ import annotations
 
@@ -35,18 +32,6 @@ def kind(name: str) -> str:
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "other operators")
 
 
-def composed(overrides: list[str]) -> Any:
-    """The shipped config with these overrides, as plain values."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    from cdpo import train  # noqa: F401  # train registers the resolvers
-    from cdpo.config import read as config  # noqa: F401  # train registers the resolvers
-
-    with initialize_config_dir(str(config.CONF), version_base="1.3"):
-        return OmegaConf.to_container(compose("config", overrides), resolve=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.breakdown", description=__doc__)
     parser.add_argument("--case", choices=CASES, default="hh")
@@ -55,10 +40,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=HH)
     given = parser.parse_args()
     case, steps, seconds = CASES[given.case], given.steps + 1, []
-    from cdpo.training import loop as engine
-    from cdpo.training import job
+    from composing import composed, train
 
-    recorder, step = profile(activities=[ProfilerActivity.CPU], acc_events=True), engine._step
+    from cdpo.training import loop
+
+    recorder, step = profile(activities=[ProfilerActivity.CPU], acc_events=True), loop.take_step
 
     def timed(run: Any) -> None:
         if len(seconds) == 1:
@@ -69,11 +55,11 @@ def main() -> None:
         if len(seconds) == steps:
             recorder.stop()
 
-    engine._step = timed
+    loop.take_step = timed
     with tempfile.TemporaryDirectory() as work:
         items = prepare(case, given.data, Path(work), steps)
         overrides = settings(Path(work), Path(work) / "out", options_of(case, steps, "cpu", given.threads))
-        job.run(composed(overrides), Path(work) / "out" / "run")
+        train(composed(*overrides), Path(work) / "out" / "run")
     spent: dict[str, float] = defaultdict(float)
     for event in recorder.key_averages():
         spent[kind(event.key)] += event.self_cpu_time_total / 1e6 / given.steps

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cdpo.batch import Item
-from cdpo.data.sources import Jsonl
 from cdpo.data.packing import Plan
 from cdpo.data.rows import Row
+from cdpo.data.sources import Jsonl
 
 HH = Path(__file__).parents[2] / "../shared/data/hh-harmless-base-test.jsonl.gz"
 

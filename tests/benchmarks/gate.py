@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from benchmarks.channel import Channel, plain
-from cdpo.model.change import Change
 from cdpo.constraints.constraint import Constraint
+from cdpo.model.change import Change
 
 
 @dataclass

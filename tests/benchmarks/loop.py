@@ -41,35 +41,27 @@ class Clock:
 def measure(options: list[str], steps: int, log_every: int) -> dict[str, float]:
     """One run of cdpo-train, in this process: its loop alone, without any evaluation but the first and last."""
     import torch
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
+    from composing import composed, train
 
-    from cdpo.config import compose as _resolvers  # noqa: F401
-    from cdpo.config import read as config
-    from cdpo.training import loop as engine
-    from cdpo.training import job
+    from cdpo.training import loop
+    from cdpo.training.journal import Journal
 
     whole, inner, gradient, stepping = Clock(), Clock(), Clock(), Clock()
     optimizer = torch.optim.SGD if "optimizer=sgd" in options else torch.optim.AdamW
     settings = [f"trainer.max_steps={steps}", f"trainer.log_every={log_every}", "logger=none", "trainer.threads=1"]
     settings += [f"trainer.{name}={10 * steps}" for name in ("eval_every", "checkpoint_every")]
-    with initialize_config_dir(str(config.CONF), version_base="1.3"):
-        tree = OmegaConf.to_container(OmegaConf.masked_copy(cfg := compose("config", [*options, *settings]), [
-            key for key in cfg if key != "hydra"]), resolve=True)  # fmt: skip
-    plain = engine._gradient, optimizer.step
-    engine._gradient, optimizer.step = gradient.around(engine._gradient), stepping.around(optimizer.step)
-    kept = engine._step, engine.score, engine.score_with_statistics, engine.per_unit, torch.Tensor.backward
-    engine._step, _record = whole.around(engine._step), engine._record
-    engine._record = whole.around(_record)
-    engine.score, engine.score_with_statistics = inner.around(engine.score), inner.around(engine.score_with_statistics)
-    engine.per_unit, torch.Tensor.backward = inner.around(engine.per_unit), inner.around(torch.Tensor.backward)
+    wrapped = [(whole, loop, "take_step"), (whole, Journal, "step"), (gradient, loop, "gradient")]
+    wrapped += [(inner, loop, name) for name in ("score", "score_with_statistics", "per_unit")]
+    wrapped += [(inner, torch.Tensor, "backward"), (stepping, optimizer, "step")]
+    kept = [(place, name, getattr(place, name)) for _, place, name in wrapped]
+    for clock, place, name in wrapped:
+        setattr(place, name, clock.around(getattr(place, name)))
     try:
         with tempfile.TemporaryDirectory() as folder:
-            job.run(tree, Path(folder) / "run")
+            train(composed(*options, *settings), Path(folder) / "run")
     finally:
-        engine._step, engine.score, engine.score_with_statistics, engine.per_unit, torch.Tensor.backward = kept
-        engine._record = _record
-        engine._gradient, optimizer.step = plain
+        for place, name, function in kept:
+            setattr(place, name, function)
     update = stepping.seconds - gradient.seconds  # the optimizer calls for the gradient
     return {
         "steps_per_second": steps / whole.seconds,

@@ -1,0 +1,53 @@
+"""What makes two runs the same: the part of a config that decides on the numbers, its digest, the directory's name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from cdpo.config.schema import MICRO_BATCH
+
+# what may change between two launches of one run, because the numbers do not depend on it
+FREE = (
+    "name", "output_root", "cache_dir", "logger", "dry_run",
+    "trainer.log_every", "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.distributed",
+)  # fmt: skip
+MICRO_BATCH_KEY = "trainer.tokens_per_micro_batch"
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    if not isinstance(node, Mapping):
+        return {prefix: node}
+    items = [flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in node.items()]
+    return {k: v for item in items for k, v in item.items()}
+
+
+def trajectory(composed: Mapping[str, Any]) -> dict[str, Any]:
+    """What determines the numbers of a run: every key but the free ones, dotted."""
+    keys = flat({k: v for k, v in composed.items() if k != "hydra"})
+    keys["constraint"] = list(composed["constraint"])  # several act one after another: their order counts
+    if keys.get(MICRO_BATCH_KEY, MICRO_BATCH) is None:
+        keys[MICRO_BATCH_KEY] = MICRO_BATCH  # which it is, where a GPU does not force another
+    return {k: v for k, v in keys.items() if not any(k == free or k.startswith(f"{free}.") for free in FREE)}
+
+
+def digest(composed: Mapping[str, Any]) -> str:
+    """Ten hexadecimal digits of the trajectory's content, whatever the order of keys."""
+    content = json.dumps(trajectory(composed), sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:10]
+
+
+def run_name(composed: Mapping[str, Any], choices: Mapping[str, Any]) -> str:
+    """Directory of a run: readable choices, seed, digest. Two configs never share one, one config always finds its own.
+
+    A `name` given by the user replaces the readable part in a sweep, and the whole in a single run.
+    """
+    constraints = "+".join(composed["constraint"]) or "none"
+    draw = f"s{composed['seed']}" + (f"r{composed['restart']}" if composed["restart"] else "")
+    parts = [choices.get("dataset"), choices.get("model"), choices.get("loss"), constraints, draw]
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(map(str, parts)))
+    return f"{slug[:100]}-{digest(composed)}"

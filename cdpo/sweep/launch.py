@@ -1,0 +1,92 @@
+"""A sweep: runs that are done are left out, the others are handed to processes, and what became of each is recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from cdpo.config.task import Task, write_task
+from cdpo.errors import ConfigError
+from cdpo.sweep.estimate import dry_run
+from cdpo.sweep.tasks import Outcome, earlier, end, failure
+from cdpo.system.locks import locked
+from cdpo.system.rendezvous import place
+from cdpo.training.checks import checked
+
+
+class Launcher(Protocol):
+    """How runs are carried out: `local.Local` or `slurm.Slurm`, with the options of conf/hydra/launcher."""
+
+    retry_failed: bool
+
+    def check_options(self) -> None:
+        """Raises ConfigError for an option that cannot be used."""
+
+    def check(self, task: Task) -> None:
+        """Raises ConfigError for a run that cannot be carried out so."""
+
+    def carry_out(self, tasks: Sequence[Task], jobs: int) -> list[Outcome]:
+        """Do the tasks, which are part of a sweep of so many jobs; those still under way have no outcome."""
+
+
+def launch(tasks: Iterable[Task | Outcome], folder: Path, how: Launcher, dry: bool = False) -> int:
+    """Carry out a sweep's runs in `folder`, or say what they would take (`dry`). What could not be composed has failed.
+
+    Returns the exit code: 0, 75 if it was asked to stop, or 1 if a run failed or was refused. Raises ConfigError.
+    """
+    if place().size > 1:
+        advice = "its runs have ranks of their own with hydra/launcher=slurm"
+        raise ConfigError(f"a sweep is started by one process; {advice}")
+    how.check_options()
+    if dry:
+        return _estimated(tasks, how)
+    with locked(folder, "swept"):
+        outcomes = _carried_out(_checked(tasks, how), how)
+    return end(folder, outcomes) if outcomes else 0
+
+
+def _estimated(tasks: Iterable[Task | Outcome], how: Launcher) -> int:
+    """Say what the runs would take, and do none. Returns 1 if some would be refused, else 0."""
+    outcomes = dry_run(_checked(tasks, how))
+    refused = sum(bool(outcome.exit_code) for outcome in outcomes)
+    before = sum(outcome.ending == "done before" for outcome in outcomes)
+    print(f"{len(outcomes)} runs: {before} done before, {refused} refused; nothing was started")
+    return int(refused > 0)
+
+
+def _checked(tasks: Iterable[Task | Outcome], how: Launcher) -> list[Task | Outcome]:
+    """Every run once; an outcome where it is refused."""
+    found: dict[Path, Task | Outcome] = {}
+    for task in tasks:
+        directory = (task.task if isinstance(task, Outcome) else task).directory
+        found.setdefault(directory, task if isinstance(task, Outcome) else _refused(task, how) or task)
+    return list(found.values())
+
+
+def _refused(task: Task, how: Launcher) -> Outcome | None:
+    try:
+        checked(task.composed)
+        how.check(task)
+    except Exception as error:
+        return failure(task, error)
+    return None
+
+
+def _carried_out(tasks: list[Task | Outcome], how: Launcher) -> list[Outcome]:
+    """What becomes of each run, in their order."""
+    found = [task if isinstance(task, Outcome) else earlier(task, how.retry_failed) or task for task in tasks]
+    todo = [task for task in found if isinstance(task, Task)]
+    for task in todo:
+        write_task(task)
+    known = {outcome.task.directory: outcome for outcome in how.carry_out(todo, len(tasks))}
+    outcomes = [known.get(one.directory) if isinstance(one, Task) else one for one in found]
+    return [outcome for outcome in outcomes if outcome]
+
+
+def at_least(least: int, name: str, value: Any, kind: Any) -> None:
+    """Raise ConfigError unless an option is a number of that kind, from `least` on."""
+    if not (isinstance(value, kind) and value >= least):
+        raise ConfigError(
+            f"hydra.launcher.{name}={value} must be {'a whole' if kind is int else 'a'} number, at least {least}"
+        )

@@ -1,0 +1,256 @@
+"""What comes before the first step: rows -> Items -> the reference's log-probs -> the policy under its constraints.
+
+Everything random is seeded here. Long work pauses where a signal may end it, and tells how far it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from cdpo.batch import Item
+from cdpo.config.schema import Config, Trainer
+from cdpo.constraints.dropout import Dropout
+from cdpo.data.bradley_terry import add_fitted
+from cdpo.data.packing import Scored
+from cdpo.data.rows import Data, Ledger
+from cdpo.data.tokenise import tokenise
+from cdpo.errors import DataError
+from cdpo.losses.candidates import OnCandidates
+from cdpo.model.layers import decoder_layers, switched
+from cdpo.model.layout import layout_for
+from cdpo.model.logps import one_by_one
+from cdpo.model.memory import explained, outline, room
+from cdpo.model.pretrained import check_lengths
+from cdpo.model.reference import ReferencePass, check_loaded, check_start
+from cdpo.system.files import read_json, write_json
+from cdpo.system.progress import Progress
+from cdpo.system.ranks import shard
+from cdpo.system.rng import seed_all
+from cdpo.training.run import Run
+from cdpo.training.session import Session
+
+log = logging.getLogger(__name__)
+
+
+class Tokenised(NamedTuple):
+    """The rows of a data set as Items, and what became of them, in reading and in tokenisation."""
+
+    train: list[Item]
+    held_out: list[Item]
+    ledgers: dict[str, Ledger]  # read, train and eval
+
+    def report(self) -> dict[str, Any]:
+        """The whole, for data_report.json."""
+        return {name: ledger.to_dict() for name, ledger in self.ledgers.items()}
+
+    def rates(self) -> dict[str, float]:
+        """Shares of rows that were cut and dropped, logged with every step."""
+        read, *tokenised = self.ledgers.values()
+        cut, kept = (sum(one.notes["cut_rows"].count for one in tokenised), sum(one.kept for one in tokenised))
+        lost = sum(one.rows - one.kept for one in self.ledgers.values())
+        return {"data/cut": cut / kept, "data/dropped": lost / read.rows}
+
+
+class Sets(NamedTuple):
+    """The Items of a run by what they are for."""
+
+    train: list[Item]
+    held_out: list[Item]
+    unused: list[Item]  # of no use for this loss: without a pair
+
+    def longest(self) -> int:
+        """Tokens of the longest sequence that a model must take."""
+        items = self.train + self.held_out + self.unused
+        return max(len(item.prompt) + len(response) - 1 for item in items for response in item.responses)
+
+
+class Ready(NamedTuple):
+    """All is there for training to begin."""
+
+    run: Run
+    data: Data
+    reference: str  # where its log-probs are from: computed, cache or run directory
+
+
+def prepare(session: Session) -> Ready:
+    """From the config to a run that can be trained. Raises ConfigError, DataError, NumericsError, Preempted."""
+    spec, ranks = session.spec, session.ranks
+    if (beta := getattr(spec.loss, "beta", spec.beta)) != spec.beta:
+        log.info("loss.beta=%g differs from beta=%g, which is that of J, the objective", beta, spec.beta)
+    data = spec.dataset.load(spec.seed)
+    tokenizer = spec.model.tokenizer(data)
+    rows = tokenised(spec, data, tokenizer, session.pause_alone, session.cache("tokens"))
+    ranks.from_first(lambda: write_json(session.directory.data_report, rows.report()))
+    sets = sets_of(spec, rows, session.pause_alone)
+    session.pause()
+    trainer = sized(session, tokenizer, data)
+    policy = spec.model.load(tokenizer, data)
+    with explained(spec.trainer.micro_batch):
+        policy, scored, source = (_sharded if ranks.sharded else _whole)(session, policy, sets)
+    if ranks.rank:
+        seed_all((spec.draw + 7_919 * ranks.rank) % 2**31)  # dropout draws anew on every rank
+    run = Run(
+        session=session,
+        policy=switched(policy, spec.trainer),
+        tokenizer=tokenizer,
+        train=scored[0],
+        held_out=scored[1],
+        trainer=trainer,
+        data_rates=rows.rates(),
+    )
+    return Ready(run, data, source)
+
+
+# ------------------------------------------------------------------------------------------------------------ Items
+
+
+def tokenised(
+    spec: Config,
+    data: Data,
+    tokenizer: Any,
+    pause: Callable[[], None] = lambda: None,
+    shared: Path | None = None,
+) -> Tokenised:
+    """The rows of a run as Items, which runs on the same rows find in the folder `shared`. Raises DataError."""
+    train, ledger = tokenise(data.train, tokenizer, spec.dataset, pause, shared)
+    held_out, held_out_ledger = tokenise(data.eval, tokenizer, spec.dataset, pause, shared)
+    return Tokenised(train, held_out, {"read": data.ledger, "train": ledger, "eval": held_out_ledger})
+
+
+def sets_of(spec: Config, rows: Tokenised, pause: Callable[[], None] = lambda: None) -> Sets:
+    """What this loss trains on and what it is judged by.
+
+    Raises DataError if nothing is left to train on, or the loss needs rewards that the data lack.
+    """
+    train, held_out, unused = rows.train, rows.held_out, list[Item]()
+    fitted = isinstance(spec.loss, OnCandidates) and spec.loss.rewards == "fitted"
+    if spec.loss.unit == "pair" or fitted:  # rewards that all tie give no pair; the ledger counts it as without_pairs
+        unused = [item for item in train if not item.pairs]
+        train = [item for item in train if item.pairs]
+    if not train:
+        raise DataError("no pair is left to train on; data_report.json says where the rows went")
+    if isinstance(spec.loss, OnCandidates) and not fitted:
+        _check_rewards(train + held_out)
+    if fitted:
+        train, held_out = (_fitted(items, spec.loss.ridge, pause) for items in (train, held_out))
+    log.info("data: %d rows read, %d to train on, %d held out", rows.ledgers["read"].rows, len(train), len(held_out))
+    if not held_out:
+        log.warning("no rows are held out, so there will be no eval/* and no objective/*; see dataset.eval_size")
+    return Sets(train, held_out, unused)
+
+
+def _check_rewards(items: list[Item]) -> None:
+    if bare := [item.source for item in items if item.rewards is None]:
+        raise DataError(
+            f"the loss needs rewards of every response, and {len(bare)} rows have none ({', '.join(bare[:3])}): "
+            "choose a loss of pairs, loss=rlhf_learned, or data with scored responses (such as bandit)"
+        )
+
+
+def _fitted(items: list[Item], ridge: float, pause: Callable[[], None]) -> list[Item]:
+    with Progress(len(items), 0, "fit rewards", quiet=len(items) < 1000) as bar:
+
+        def tell(done: int) -> None:
+            pause()
+            bar.update(done)
+
+        return add_fitted(items, ridge, tell)
+
+
+# ---------------------------------------------------------------------------------------------------------- the model
+
+
+def sized(session: Session, tokenizer: Any, data: Data) -> Trainer:
+    """The trainer with micro-batches for which the GPU has room; elsewhere, and where a number is set, as it is.
+
+    The same on all ranks and, by micro_batch.json, after a resume.
+    """
+    spec, ranks, file = session.spec, session.ranks, session.directory.micro_batch
+    if spec.trainer.tokens_per_micro_batch or session.device.type != "cuda":
+        return spec.trainer
+    tokens = ranks.from_first(lambda: read_json(file)["tokens"] if file.is_file() else None)
+    if tokens is None:
+        shards = ranks.size if ranks.sharded else 1
+        tokens = min(ranks.gather(room(spec, lambda: outline(spec, tokenizer, data), session.device, shards)))
+        ranks.from_first(lambda: write_json(file, {"tokens": tokens}))
+    log.info("micro-batches of at most %d tokens, by the GPU's memory", tokens)
+    return replace(spec.trainer, tokens_per_micro_batch=tokens)
+
+
+def _whole(session: Session, policy: Any, sets: Sets) -> tuple[Any, list[Scored], str]:
+    """The policy under its constraints, and the Items with what it said before any of them: the reference."""
+    policy = policy.to(session.device)
+    scored, source = _scored(session, policy, sets)
+    policy = constrained(policy, session.spec)
+    with torch.no_grad(), session.autocast():
+        difference = check_start(policy, scored[0])
+    log.info("step 0: policy equals reference (largest difference %.1e nats)", difference)
+    return policy, scored, source
+
+
+def _sharded(session: Session, policy: Any, sets: Sets) -> tuple[Any, list[Scored], str]:
+    """The same on shards: no rank need hold the whole model on its device, so the reference is asked when sharded.
+
+    The constraints stand by then, so the log-probs of one Item must equal those of the model as it was loaded.
+    """
+    policy.eval()
+    witness = min(sets.train, key=lambda item: item.tokens)
+    with torch.no_grad():
+        before = one_by_one(policy, [witness])
+    policy = constrained(policy, session.spec)
+    adapters = {p for name, p in policy.named_parameters() if "lora_" in name}  # small: whole on every rank, as in ddp
+    shard(policy, decoder_layers(policy, "trainer.distributed=fsdp needs; use ddp"), adapters, session.device)
+    scored, source = _scored(session, policy, sets)
+    with session.autocast():
+        check_loaded(policy, witness, before, scored[0])
+    return policy, scored, source
+
+
+def constrained(policy: Any, spec: Config) -> Any:
+    """The policy wrapped by the constraints; the same on all ranks."""
+    seed_all(spec.draw)
+    for constraint in spec.constraint.values():
+        policy = constraint.wrap(policy)
+    return policy
+
+
+def _scored(session: Session, policy: Any, sets: Sets) -> tuple[list[Scored], str]:
+    """The Items to train on and to hold out with the log-probs of the reference, and where these are from.
+
+    What this loss has no use for is scored too: so every loss asks for the same Items, and finds what others computed.
+    """
+    spec, began = session.spec, time.monotonic()
+    items = sets.train + sets.held_out + sets.unused
+    check_lengths(policy, sets.longest())
+    whole = Scored(items, _padded(session, policy, sets), session.device)
+    with Progress(len(items), 0, "reference", quiet=not session.ranks.first) as bar, session.autocast():
+
+        def tell(done: int) -> None:
+            session.pause()
+            bar.update(done)
+
+        # with the config's micro-batches: the reference is one for all constraints, however much room they leave
+        own, shared = session.directory.reference, session.cache("reference")
+        source = ReferencePass(spec.trainer.micro_batch, own, shared, session.ranks, tell).fill(policy, whole)
+    log.info("reference: %s (%d Items, %.1f s)", source, len(items), time.monotonic() - began)
+    n, m = len(sets.train), len(sets.train) + len(sets.held_out)
+    parts = ((sets.train, whole.reference[:n]), (sets.held_out, whole.reference[n:m]))
+    return [Scored(some, whole.padded, session.device, reference) for some, reference in parts], source
+
+
+def _padded(session: Session, policy: Any, sets: Sets) -> bool:
+    """Whether the policy is given padded rows; the log says why."""
+    padded, reason = layout_for(policy, sets.train, getattr(session.spec.model, "attention", "trees"))
+    noisy = any(isinstance(constraint, Dropout) for constraint in session.spec.constraint.values())
+    if noisy and not padded and session.device.type == "cuda":
+        padded, reason = True, "dropout, which packed attention on CUDA does not have"
+        policy.set_attn_implementation("sdpa")
+    log.info("layout: %s", f"padded rows ({reason})" if padded else "packed prompt trees")
+    return padded

@@ -1,0 +1,257 @@
+"""The head that never holds all logits, against the plain one that does: values, gradients, statistics, room."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from architectures import ITEMS, SHAPE, build, gradients, load, plain
+from torch import nn
+from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM
+
+from cdpo.data.packing import pack
+from cdpo.model import head
+from cdpo.model.head import Shape, left_out, linear_head, shape_of, token_logps
+from cdpo.model.layout import layout_for
+from cdpo.model.logps import one_by_one, score, score_with_statistics
+
+M, WIDTH, V = 7, 5, 23
+ROW = torch.tensor([0, 1, 2, 0, 3, 4, 0, 5, 6, 6])  # three responses start at position 0
+TARGET = torch.tensor([3, 22, 0, 9, 1, 1, 3, 17, 0, 0])
+SHAPES = {"plain": Shape(), "scale": Shape(scale=0.25), "cap": Shape(cap=2.0)}
+SLICES = {"one slice": 1 << 26, "three": 8 * M * 8, "one token each": 1}
+every_shape = pytest.mark.parametrize("shape", SHAPES)
+every_slice = pytest.mark.parametrize("chunk", SLICES)
+
+
+def parts(dtype=torch.float64, bias=False, frozen=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    linear = nn.Linear(WIDTH, V, bias=bias, dtype=dtype)
+    for parameter in linear.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype)
+        parameter.requires_grad_(not frozen)
+    hidden = torch.randn(M, WIDTH, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    return hidden, linear, torch.randn(len(ROW), generator=generator, dtype=torch.float64)
+
+
+def by_autograd(hidden, linear, shape):
+    """The definition, with all logits."""
+    logits = linear(hidden) * shape.scale
+    logits = logits if shape.cap is None else shape.cap * torch.tanh(logits / shape.cap)
+    logp = logits.log_softmax(-1)
+    return logp[ROW, TARGET], -(logp.exp() * logp).sum(-1), logits.mean(-1)
+
+
+def backward(token, weight, hidden, linear):
+    wanted = [hidden, *(p for p in linear.parameters() if p.requires_grad)]
+    return torch.autograd.grad((token.double() * weight).sum(), wanted)
+
+
+@every_shape
+@every_slice
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("statistics", [False, True])
+def test_it_is_the_plain_head(shape, chunk, dtype, bias, frozen, statistics, monkeypatch):
+    monkeypatch.setattr(head, "CHUNK", SLICES[chunk])
+    hidden, linear, weight = parts(dtype, bias, frozen)
+    expected = by_autograd(hidden, linear, SHAPES[shape])
+    found = token_logps(hidden, linear, ROW, TARGET, SHAPES[shape], statistics)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    pairs = list(zip(found, expected))[: 3 if statistics else 1]
+    pairs += zip(backward(found[0], weight, hidden, linear), backward(expected[0], weight, hidden, linear))
+    for own, its in pairs:
+        torch.testing.assert_close(own, its, rtol=tolerance, atol=tolerance)
+    assert statistics or found.entropy is None
+
+
+@every_shape
+@every_slice
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradcheck(shape, chunk, frozen, monkeypatch):
+    """Finite differences; they go backward many times through one forward pass."""
+    monkeypatch.setattr(head, "CHUNK", SLICES[chunk])
+    hidden, linear, _ = parts(bias=True, frozen=frozen)
+
+    def token(hidden, weight, bias):
+        own = nn.Linear(WIDTH, V, dtype=torch.float64)
+        del own.weight, own.bias
+        own.weight, own.bias = weight, bias
+        return token_logps(hidden, own, ROW, TARGET, SHAPES[shape]).logp
+
+    leaves = (hidden, linear.weight.detach(), linear.bias.detach())
+    for leaf in leaves[1:]:
+        leaf.requires_grad_(not frozen)
+    assert torch.autograd.gradcheck(token, leaves, nondet_tol=1e-12)  # a second pass computes again what the first kept
+
+
+def test_huge_and_impossible_logits_stay_finite():
+    hidden, linear, _ = parts(bias=True)
+    with torch.no_grad():
+        linear.bias[5:8] = -math.inf
+        linear.bias[2] = 1e4
+    found = token_logps(hidden, linear, ROW, TARGET, statistics=True)
+    expected = linear(hidden).log_softmax(-1)
+    torch.testing.assert_close(found.logp, expected[ROW, TARGET])
+    entropy = torch.special.entr(expected.exp()).sum(-1)
+    torch.testing.assert_close(found.entropy, entropy, atol=1e-10, rtol=0)
+    assert torch.autograd.grad(found.logp.sum(), hidden)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_no_more_than_a_slice_of_logits_is_alive(trained, monkeypatch):
+    """After every operation of forward and backward, the bytes of all that they made and still hold."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    held: dict[int, tuple[StorageWeakRef, int]] = {}
+    peaks = [0]
+
+    class Held(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple) else (out,):
+                if isinstance(x, torch.Tensor):
+                    storage = x.untyped_storage()
+                    held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+            for name in [name for name, (storage, _) in held.items() if storage.expired()]:
+                del held[name]
+            peaks.append(max(peaks[-1], sum(size for _, size in held.values())))
+            return out
+
+    positions, vocabulary, width = 64, 512, 4
+    slice_, gradient = 8 * positions * vocabulary // 8, 8 * vocabulary * width
+    monkeypatch.setattr(head, "CHUNK", slice_)
+    hidden = torch.randn(positions, width, dtype=torch.float64, requires_grad=True)
+    linear = nn.Linear(width, vocabulary, bias=False, dtype=torch.float64).requires_grad_(trained)
+    row = torch.arange(positions)
+    with Held():
+        token_logps(hidden, linear, row, row, statistics=True).logp.sum().backward()
+    assert slice_ < peaks[-1] < 3 * slice_ + 3 * gradient < 8 * positions * vocabulary
+
+
+def test_bfloat16_weights_lose_no_more_than_their_logits_do():
+    hidden, linear, weight = parts(torch.bfloat16)
+    exact = linear(hidden).float().double().log_softmax(-1)[ROW, TARGET]
+    found = token_logps(hidden, linear, ROW, TARGET)
+    assert found.logp.dtype == torch.float32
+    torch.testing.assert_close(found.logp.double(), exact, atol=1e-5, rtol=1e-5)
+    for own, its in zip(backward(found.logp, weight, hidden, linear), backward(exact, weight, hidden, linear)):
+        torch.testing.assert_close(own, its, atol=0.05, rtol=0.05)
+
+
+def test_autocast_is_honoured():
+    hidden, linear, weight = parts(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        exact = linear(hidden).double().log_softmax(-1)[ROW, TARGET]
+        found = token_logps(hidden, linear, ROW, TARGET)
+    torch.testing.assert_close(found.logp.double(), exact, atol=1e-5, rtol=1e-5)
+    gradient = backward(found.logp, weight, hidden, linear)
+    assert [g.dtype for g in gradient] == [torch.float32, torch.float32]
+    for own, its in zip(gradient, backward(exact, weight, hidden, linear)):
+        torch.testing.assert_close(own, its, atol=0.05, rtol=0.05)
+
+
+MODELS = {
+    "cohere, scaled": (CohereConfig(**SHAPE, num_key_value_heads=1, logit_scale=0.25), Shape(scale=0.25)),
+    "granite, divided": (GraniteConfig(**SHAPE, num_key_value_heads=1, logits_scaling=8.0), Shape(scale=0.125)),
+    "gemma 2, capped": (
+        Gemma2Config(**SHAPE, num_key_value_heads=1, head_dim=8, sliding_window=64, final_logit_softcapping=3.0),
+        Shape(cap=3.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_model_does_to_its_logits_is_found_out(name):
+    config, shape = MODELS[name]
+    model, items = build(config), ITEMS["uneven"]
+    found = score(model, pack(items, padded=True))
+    assert head._SHAPES[model.lm_head] == shape
+    expected = plain(model, items)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    its = gradients(model, expected)
+    for key, own in gradients(model, score(model, pack(items, padded=True))).items():
+        torch.testing.assert_close(own, its[key], rtol=1e-4, atol=1e-5)
+
+
+class Odd(nn.Module):
+    """A model that does to its logits what nobody foresaw."""
+
+    def __init__(self):
+        super().__init__()
+        self.lm_head = nn.Linear(4, 9, dtype=torch.float64)
+        self.config = SimpleNamespace(get_text_config=SimpleNamespace)
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(self, input_ids, logits_to_keep, **_):
+        hidden = torch.sin(input_ids[0, logits_to_keep, None] * torch.arange(1.0, 5, dtype=torch.float64))
+        return SimpleNamespace(logits=self.lm_head(hidden)[None] ** 3)
+
+
+def test_an_unknown_treatment_of_logits_is_left_to_the_model(folders):
+    model, batch = Odd(), pack(ITEMS["uneven"])
+    batch.target.clamp_(max=8)
+    found, statistics = score_with_statistics(model, batch)
+    assert head._SHAPES[model.lm_head] is None
+    logp = model(batch.input_ids, batch.predict_at).logits[0].log_softmax(-1)[batch.row, batch.target]
+    expected = [part.sum() for part in logp.split(batch.length.tolist())]
+    torch.testing.assert_close(found, torch.stack(expected))
+    assert statistics.entropy.isfinite().all()
+
+
+class Sliced(LlamaForCausalLM):
+    """A head that is wider than the vocabulary, as some pad it; PROBES pass through it unchanged."""
+
+    def forward(self, **inputs):
+        out = super().forward(**inputs)
+        out.logits = out.logits[..., : self.config.vocab_size - 9]
+        return out
+
+
+class Biased(LlamaForCausalLM):
+    """Logits that take what only the whole vocabulary has."""
+
+    def forward(self, **inputs):
+        out = super().forward(**inputs)
+        out.logits = out.logits + torch.linspace(-1, 1, self.config.vocab_size)
+        return out
+
+
+@pytest.mark.parametrize("kind", [Sliced, Biased])
+@pytest.mark.parametrize("wanted", ["trees", "sdpa"])
+def test_what_probes_do_not_show_numbers_do(kind, wanted):
+    torch.manual_seed(0)
+    model = kind(LlamaConfig(**SHAPE)).eval()
+    items = [replace(item, responses=[[t % 20 for t in r] for r in item.responses]) for item in ITEMS["uneven"]]
+    expected = one_by_one(model, items)
+    padded, _ = layout_for(model, items, wanted)
+    torch.testing.assert_close(score(model, pack(items, padded=padded)), expected, rtol=0, atol=1e-4)
+
+
+def test_adapted_hooked_and_compiled_heads_are_left_alone(folders):
+    model = load(folders["llama"])
+    assert linear_head(model) is model.lm_head
+    handle = model.lm_head.register_forward_hook(lambda *_: None)
+    assert linear_head(model) is None
+    handle.remove()
+    model.compile(backend="eager")
+    assert linear_head(model) is None
+
+
+def test_the_head_comes_back(folders):
+    model = load(folders["llama"], packed=False)
+    before = model.lm_head.forward
+    with pytest.raises(ZeroDivisionError), left_out(model.lm_head):
+        _ = 1 / 0
+    assert model.lm_head.forward == before
+    with left_out(model.lm_head) as hidden:
+        probed = model(input_ids=torch.tensor([[3, 4]])).logits
+    assert [h.shape for h in hidden] == [(1, 2, 16)]
+    assert shape_of(model, model.lm_head, probed) == Shape()
