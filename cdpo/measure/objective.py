@@ -1,4 +1,4 @@
-"""The RLHF objective J of a policy, exactly, on Items whose candidate responses have known rewards. After theory.md 2.
+"""The RLHF objective J of a policy, exactly, on Items whose candidate responses have known rewards.
 
 J(pi) = E_pi[r] - beta * KL(pi || pi_ref), policy and reference renormalised on each Item's K responses.
 """

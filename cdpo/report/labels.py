@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 from cdpo.config.identity import FREE
@@ -40,7 +41,8 @@ def label(runs: pd.DataFrame) -> Labelled:
     frame = _relevant(runs)
     words = frame[[c for c in frame if c.startswith(CONFIG) or c in (*GROUPS, "constraint")]].map(text)
     frame[LOSS], frame[CONSTRAINT] = _loss_labels(words), _constraint_labels(words)
-    levels = [_level(row) for row in frame.to_dict("records")]
+    families = _families(frame.to_dict("records"))
+    levels = [_level(row, families) for row in frame.to_dict("records")]
     for i, column in enumerate(("family", "level_name", "level")):
         frame[column] = [level[i] for level in levels]
     frame["is_ceiling"] = [_is_ceiling(row) for row in words.to_dict("records")]
@@ -142,10 +144,10 @@ def _equal(words: pd.DataFrame, one: str, other: str) -> bool:
     return other in words and bool((words[one] == words[other]).all())
 
 
-def _level(row: dict[str, Any]) -> tuple[str, str | None, float]:
+def _level(row: dict[str, Any], families: dict[str, str]) -> tuple[str, str | None, float]:
     """The family of a single constraint, and the number that says how tight it is; NaN if there is none."""
     listed = names(row["constraint"])
-    family = "+".join(_family(name, row) for name in listed) or "none"
+    family = "+".join(families[name] for name in listed) or "none"
     for key in LEVELS if len(listed) == 1 else ():
         value = row.get(f"{CONFIG}constraint.{listed[0]}.{key}")
         if isinstance(value, (int, float)) and not is_null(value):
@@ -153,10 +155,17 @@ def _level(row: dict[str, Any]) -> tuple[str, str | None, float]:
     return family, None, float("nan")
 
 
-def _family(name: str, row: dict[str, Any]) -> str:
-    """Constraints of one class are a family: lora_r1 and lora_r2 are lora."""
-    target = text(row.get(f"{CONFIG}constraint.{name}._target_")).split(".")
-    return target[-2] if len(target) > 1 else re.sub(r"_r\d+$", "", name)
+def _families(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Constraints of one class are a family, called what their names have in common: lora_r1 and lora_r2 are lora."""
+    classes: dict[str, str] = {}  # of each constraint; its own name where no run says
+    for row in rows:
+        for name in names(row["constraint"]):
+            classes[name] = text(row.get(f"{CONFIG}constraint.{name}._target_")) or classes.get(name, name)
+    shared: dict[str, list[str]] = {}
+    for name, kind in classes.items():
+        shared.setdefault(kind, []).append(re.sub(r"_r\d+$", "", name))
+    called = {kind: commonprefix(stems).rstrip("_") or kind.rpartition(".")[2] for kind, stems in shared.items()}
+    return {name: called[kind] for name, kind in classes.items()}
 
 
 def _is_ceiling(row: dict[str, str]) -> bool:

@@ -31,7 +31,7 @@ def place() -> Place:
 
 
 def announce(here: Place) -> None:
-    """Put into the environment what torch and accelerate read there: rank, size, and MASTER_ADDR and MASTER_PORT.
+    """Put into the environment what torch reads there: rank, size, and MASTER_ADDR and MASTER_PORT.
 
     What is set already stands. Raises ConfigError where nothing says on which machine rank 0 is.
     """
