@@ -1,9 +1,10 @@
-"""A tiny model of every architecture that conf/model names, Items for it, and the plain forward that all must equal."""
+"""A tiny model of each architecture of conf/model, a tokenizer and Items for it, the forward that all must equal."""
 
 from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
@@ -25,6 +26,7 @@ SHAPE = {
     "max_position_embeddings": POSITIONS,
     **SPECIAL,
 }
+DIMS = {key: SHAPE[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
 GPT2 = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": POSITIONS, **SPECIAL}
 CONFIGS = {  # with the dropout that GPT-2's own config has, and more
     "gpt2": GPT2Config(**GPT2, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1),
@@ -33,6 +35,12 @@ CONFIGS = {  # with the dropout that GPT-2's own config has, and more
     "qwen3": Qwen3Config(**SHAPE, num_key_value_heads=1, head_dim=8, attention_dropout=0.2, tie_word_embeddings=True),
 }
 NO_DATA = Data([], [], Ledger())
+SMALL = Tiny(hidden_size=16, heads=2, layers=1)
+BYTES = SMALL.tokenizer(NO_DATA)
+PROBE = torch.arange(60)[None]
+TOLERANCE = {"float32": 2e-5, "float64": 1e-10}
+IN_FLOAT32 = ("llama", "qwen3")  # their norms compute in float32 whatever the dtype is, and so do the gradients
+architectures = pytest.mark.parametrize("name", CONFIGS)
 
 
 def random_weights(model, seed=0):
@@ -108,3 +116,13 @@ def gradients(model, logps):
     model.zero_grad()
     (logps.double() * torch.linspace(-1, 1.7, len(logps), dtype=torch.float64)).sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def weights(policy):
+    return torch.cat([parameter.detach().double().flatten() for parameter in policy.parameters()])
+
+
+def close(found, expected, name, dtype="float64"):
+    """Equal but for rounding."""
+    tolerance = max(TOLERANCE[dtype], 2e-6 if name in IN_FLOAT32 else 0)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)

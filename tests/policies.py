@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 
+import numpy as np
+import pytest
 import torch
 from torch import nn
 from transformers import (
@@ -57,6 +59,7 @@ def tabular():
 
 
 ALL = {"llama": llama, "qwen": qwen, "neox": neox, "gpt2": gpt2, "tabular": tabular}
+NAMES = pytest.mark.parametrize("name", ALL)
 IDS = torch.arange(20).view(2, 10) % VOCABULARY
 
 
@@ -108,3 +111,7 @@ def moved(model, name):
     """Effective weights minus those of the untouched policy of that name."""
     start = weights(make(name))
     return {key: value - start[key] for key, value in weights(model).items()}
+
+
+def flat(deltas):
+    return np.concatenate([delta.ravel() for delta in deltas.values()])

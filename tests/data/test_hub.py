@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from composing import node_of
+from preference_files import ASKED, NO, YES
 
 from cdpo.batch import Pair
 from cdpo.data.sources import Hub
@@ -13,7 +14,6 @@ from cdpo.errors import DataError
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "\n\nHuman: Q?\n\nAssistant:"
-ASKED, YES, NO = ({"role": r, "content": c} for r, c in (("user", "Q?"), ("assistant", "yes"), ("assistant", "no")))
 COMPLETION = {
     "model": "m",
     "principle": "honesty",

@@ -4,63 +4,20 @@ from __future__ import annotations
 
 import gzip
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from preference_files import HH
+from real_tokenizers import EOS, TOKENIZERS, byte_level, raw, row
+from tokenizers import AddedToken
 
 from cdpo.batch import Pair
 from cdpo.data.bandit import Bandit
-from cdpo.data.rows import Limits, Row
+from cdpo.data.rows import Limits
 from cdpo.data.sources import Jsonl
 from cdpo.data.tokenise import CHUNK, tokenise
 from cdpo.errors import ConfigError, DataError
-
-HH = Path(__file__).parents[2] / "../shared/data/hh-harmless-base-test.jsonl.gz"
-TEXT = ["hello world", "hello there, world", "is the world well?", " hello", "\n\nHuman: hello\n\nAssistant:"] * 50
-EOS = 0
-
-
-def byte_level():
-    """Like GPT-2: bytes, no BOS added, one token for bos, eos and pad."""
-    model = Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    known = {"special_tokens": ["<end>"], "initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet())}
-    trainer = trainers.BpeTrainer(vocab_size=300, show_progress=False, **known)
-    model.train_from_iterator(TEXT, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<end>", eos_token="<end>", pad_token="<end>")
-
-
-def metaspace():
-    """Like Llama 2: a space mark before every word, also the first, and a BOS before the text."""
-    model = Tokenizer(models.BPE(unk_token="<unk>"))
-    model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    model.decoder = decoders.Metaspace(prepend_scheme="always")
-    special = ["</s>", "<s>", "<unk>"]
-    model.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=120, special_tokens=special, show_progress=False))
-    model.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-TOKENIZERS = {"byte_level": byte_level(), "metaspace": metaspace()}
-
-
-@pytest.fixture(params=TOKENIZERS)
-def tokenizer(request):
-    return TOKENIZERS[request.param]
-
-
-def raw(tokenizer, text):
-    """The ids of the tokenizers library itself, no special token added."""
-    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-
-
-def row(prompt="hello", chosen=" world", rejected=" there", source="a:1", **options):
-    return Row(source, prompt, [chosen, rejected], [Pair(0, 1)], **options)
 
 
 def test_prompt_and_responses_are_tokenised_apart_and_end_with_eos(tokenizer):
@@ -189,57 +146,6 @@ def test_special_tokens_inside_a_response(tokenizer, caplog):
     assert ([item.source for item in items], ledger.dropped["special_tokens"].rows) == (["a:1"], ["a:2"])
     with pytest.raises(DataError, match="a:2: a response spells a special token"):
         tokenise(rows, tokenizer, Limits(on_special_tokens="error"))
-
-
-CHATML = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<end>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-CHAT = [{"role": "system", "content": "Be well."}, {"role": "user", "content": "hello"}]
-
-
-def chat_tokenizer(template):
-    tokenizer = byte_level()
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def test_conversations_go_through_the_chat_template():
-    tokenizer = chat_tokenizer(CHATML)
-    items, ledger = tokenise([row(CHAT)], tokenizer, Limits())
-    assert tokenizer.decode(items[0].prompt) == "<|system|>Be well.<end>\n<|user|>hello<end>\n<|assistant|>"
-    assert [tokenizer.decode(ids) for ids in items[0].responses] == [
-        " world<end>",
-        " there<end>",
-    ]  # one EOS, at the end
-    assert items[0].responses[0].count(EOS) == 1
-    assert ledger.notes["special_tokens"].count == 0  # the template's own do not count
-    whole = [*CHAT, {"role": "assistant", "content": " world"}]
-    joint = tokenizer.apply_chat_template(whole, tokenize=True, return_dict=False)
-    assert joint[: len(items[0].prompt + items[0].responses[0])] == items[0].prompt + items[0].responses[0]
-
-
-def test_a_template_that_writes_no_eos_gets_one():
-    tokenizer = chat_tokenizer(
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    items, _ = tokenise([row(CHAT)], tokenizer, Limits())
-    assert tokenizer.decode(items[0].responses[0]) == " world<end>"
-
-
-def test_plain_turns_need_no_template_and_get_a_bos(tokenizer):
-    items, _ = tokenise([row(CHAT, chosen="world", rejected="there")], tokenizer, Limits(chat_template="plain"))
-    bos = [1] if tokenizer is TOKENIZERS["metaspace"] else []
-    assert items[0].prompt == bos + raw(tokenizer, "\n\nSystem: Be well.\n\nHuman: hello\n\nAssistant:")
-    assert items[0].responses[0] == [*raw(tokenizer, " world"), EOS]
-
-
-def test_templates_that_cannot_be_used_are_refused():
-    with pytest.raises(ConfigError, match=r"has no chat template.*dataset\.chat_template=plain"):
-        tokenise([row(CHAT)], byte_level(), Limits())
-    with pytest.raises(ConfigError, match=r"a:1: the chat template .*otherwise than alone"):
-        tokenise([row(CHAT)], chat_tokenizer("{{ messages|length }}"), Limits())
 
 
 def test_should_stop_is_asked_between_chunks():

@@ -5,17 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from composing import composed, train
+from preference_files import HH
 
 from cdpo.batch import Logps
 from cdpo.measure.gaussian_view import BINS, gaussian_view, histograms, quantiles, summarise
-
-HH = Path(__file__).parents[2] / "../shared/data/hh-harmless-base-test.jsonl.gz"
 
 
 def logps_of(pairs: int = 50, seed: int = 0) -> Logps:

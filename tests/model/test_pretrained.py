@@ -1,7 +1,8 @@
-"""Models and tokenizers: what is loaded, what is refused, and exports that transformers and peft load again."""
+"""Models and tokenizers from a folder: what is loaded, what is refused, and what the presets name."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -9,141 +10,33 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import CONFIGS, ITEMS, NO_DATA, POSITIONS, build, load, plain
+from architectures import (
+    BYTES,
+    CONFIGS,
+    DIMS,
+    ITEMS,
+    NO_DATA,
+    POSITIONS,
+    PROBE,
+    SMALL,
+    architectures,
+    build,
+    load,
+    plain,
+    random_weights,
+)
 from composing import node_of
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, OPTConfig
 
-from cdpo.batch import Pair
 from cdpo.config import build as config
 from cdpo.constraints.lora import LoRA
 from cdpo.data.bandit import Bandit
-from cdpo.data.packing import pack
-from cdpo.data.rows import Data, Ledger, Row
-from cdpo.data.tokenise import tokenise
 from cdpo.errors import ConfigError
-from cdpo.model import attention
 from cdpo.model.export import export
-from cdpo.model.logps import score
 from cdpo.model.pretrained import HuggingFace, check_lengths
 from cdpo.model.tabular import Tabular
-from cdpo.model.tiny import EOS, PAD, Tiny
-
-SMALL = Tiny(hidden_size=16, heads=2, layers=1)
-BYTES = SMALL.tokenizer(NO_DATA)
-PROBE = torch.arange(60)[None]
-architectures = pytest.mark.parametrize("name", CONFIGS)
-
-# ------------------------------------------------------------------------------------------------------ the tiny model
-
-
-@pytest.mark.parametrize("length", [1, 2])
-def test_tiny_starts_clearly_away_from_uniform(length):
-    """Total variation from the uniform distribution over the responses of each prompt, above 0.1."""
-    dataset = Bandit(length=length, prompts=4)
-    data = dataset.load(0)
-    tokenizer = Tiny().tokenizer(data)
-    items, _ = tokenise(data.train, tokenizer, dataset)
-    with torch.no_grad():
-        logps = plain(Tiny().load(tokenizer, data), items).view(4, 8**length)
-    p = logps.softmax(1)
-    distance = (p - 1 / 8**length).abs().sum(1) / 2
-    assert distance.min() > 0.1
-    assert p.max() < 0.9  # nor is it certain
-    assert (p[0] - p[1]).abs().sum() > 0.05  # prompts differ
-
-
-def weights(policy):
-    return torch.cat([parameter.detach().double().flatten() for parameter in policy.parameters()])
-
-
-def test_tiny_depends_on_its_own_seed_only():
-    found = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        expected = torch.rand(3)
-        torch.manual_seed(seed)
-        found.append(weights(SMALL.load(BYTES, NO_DATA)))
-        assert torch.equal(torch.rand(3), expected)  # and leaves the run's random numbers alone
-    assert torch.equal(*found)
-    other = dataclasses.replace(SMALL, init_seed=1)
-    assert not torch.allclose(weights(other.load(BYTES, NO_DATA)), found[0])
-
-
-@pytest.mark.parametrize("std", [0.5, 2.0])
-def test_logit_std_is_the_spread_of_the_logits(std):
-    with torch.no_grad():
-        logits = Tiny(logit_std=std).load(BYTES, NO_DATA)(torch.arange(200)[None]).logits
-    assert logits.std().item() == pytest.approx(std, rel=0.05)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-def test_dtypes_share_one_start(dtype):
-    policy = dataclasses.replace(SMALL, dtype=dtype).load(BYTES, NO_DATA)
-    assert {p.dtype for p in policy.parameters()} == {getattr(torch, dtype)}
-    rounded = weights(SMALL.load(BYTES, NO_DATA)).to(getattr(torch, dtype)).double()
-    assert torch.equal(weights(policy), rounded)
-
-
-@pytest.mark.parametrize(
-    "option",
-    [{"hidden_size": 30}, {"hidden_size": 0}, {"heads": 0}, {"layers": 0}, {"vocab_size": 257}, {"logit_std": 0.0}],
-)
-def test_shapes_that_cannot_be_are_refused(option):
-    with pytest.raises(ValueError, match=next(iter(option))):
-        Tiny(**option)
-
-
-def test_the_smallest_shape_works():
-    tiny = Tiny(hidden_size=2, heads=1, layers=1, max_positions=4).load(BYTES, NO_DATA)
-    assert tiny(torch.tensor([[1, 2, 3, 4]])).logits.isfinite().all()
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.text(st.characters(exclude_categories=("Cs",)), max_size=40))
-def test_bytes_round_trip(text):
-    """Any text, and one token per byte."""
-    ids = BYTES(text, add_special_tokens=False).input_ids
-    assert BYTES.decode(ids) == text
-    if "<|" not in text:
-        assert len(ids) == len(text.encode())
-        assert not {BYTES.eos_token_id, BYTES.pad_token_id} & set(ids)
-
-
-def test_special_tokens_are_single_and_the_vocabulary_is_full():
-    assert len(BYTES) == 258
-    assert len(set(BYTES.get_vocab().values())) == 258
-    assert BYTES(EOS, add_special_tokens=False).input_ids == [BYTES.eos_token_id]
-    assert (BYTES.eos_token, BYTES.pad_token, BYTES.bos_token) == (EOS, PAD, None)
-
-
-def test_merges_are_learnt_from_the_training_rows():
-    """BPE's first merge is the most frequent pair of bytes; texts of the held-out rows are not looked at."""
-    rows = [
-        Row("a:1", "xyxyxy", ["xy xy xy", "ab"], [Pair(0, 1)]),
-        Row("a:2", [{"role": "user", "content": "qr qr"}], ["qrqr", "z"], [Pair(0, 1)]),
-    ]
-    held_out = [Row("b:1", "mnmnmn" * 9, ["mn" * 9, "z"], [Pair(0, 1)])]
-    data = Data(rows, held_out, Ledger())
-    assert BYTES.get_vocab() == SMALL.tokenizer(data).get_vocab()  # 258 leaves no room for merges
-    tokenizer = dataclasses.replace(SMALL, vocab_size=260).tokenizer(data)
-    assert set(tokenizer.get_vocab()) - set(BYTES.get_vocab()) == {"xy", "qr"}
-    assert len(tokenizer("xyqrmn", add_special_tokens=False).input_ids) == 1 + 1 + 2
-    assert tokenizer.decode(tokenizer("xyqrmn é", add_special_tokens=False).input_ids) == "xyqrmn é"
-    policy = SMALL.load(tokenizer, data)
-    assert policy.get_input_embeddings().num_embeddings == policy.lm_head.out_features == 260
-
-
-def test_the_chat_template_is_the_transcript_form():
-    messages = [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}]
-    text = BYTES.apply_chat_template(messages, tokenize=False)
-    assert text == "\n\nHuman: Q?\n\nAssistant: A."
-    asked = BYTES.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
-    assert text.startswith(asked)
-
+from cdpo.model.tiny import EOS, Tiny
 
 # ------------------------------------------------------------------------------------------------------- Hugging Face
 
@@ -163,6 +56,20 @@ def test_a_folder_loads_without_dropout(folders, name, dtype):
     asked = [value for key, value in policy.config.to_dict().items() if "drop" in key and isinstance(value, float)]
     assert max(asked) > 0
     assert torch.equal(policy.eval()(PROBE).logits, policy.train()(PROBE).logits)
+
+
+def test_functional_dropout_is_zeroed():
+    """OPT drops by plain floats on its modules; a loaded model must not drop in training mode."""
+    from cdpo.model.pretrained import without_dropout
+
+    sizes = {"ffn_dim": 20, "word_embed_proj_dim": 16, "max_position_embeddings": POSITIONS, **DIMS}
+    config = OPTConfig(**sizes, dropout=0.5, attention_dropout=0.5, layerdrop=0.5)
+    model = random_weights(build(config))
+    with torch.no_grad():
+        expected = plain(model, ITEMS["even"])
+        copy.deepcopy(model).train()
+        assert not torch.equal(plain(model.train(), ITEMS["even"]), expected)
+        torch.testing.assert_close(plain(without_dropout(model).train(), ITEMS["even"]), expected)
 
 
 def test_a_home_folder_is_expanded(folders, monkeypatch):
@@ -269,95 +176,8 @@ def test_a_table_has_no_positions():
     check_lengths(Tabular().load(None, data), 10**9)
 
 
-# ------------------------------------------------------------------------------------------------------------- export
-
-
-def trained(policy):
-    """Every trainable weight moved."""
-    torch.manual_seed(5)
-    for parameter in policy.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return policy.eval()
-
-
-def files(folder):
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-
-
-def clean(folder):
-    """No pickle, and no config that names an attention which only cdpo registers."""
-    assert not [name for name in files(folder) if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
-    for path in folder.rglob("*.json"):
-        assert attention.NAME not in path.read_text()
-
-
-def same(found, policy, dtype="float64"):
-    ordinary = {"attention_mask": torch.ones_like(PROBE)}
-    with torch.no_grad(), attention.ordinary_attention(policy):
-        expected = policy(PROBE, **ordinary).logits
-        assert found.dtype == getattr(torch, dtype)
-        assert torch.equal(found.eval()(PROBE, **ordinary).logits, expected)
-
-
-@architectures
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-def test_a_whole_model_reloads_through_transformers(folders, tmp_path, name, dtype):
-    policy = trained(load(folders[name], dtype))
-    export(policy, BYTES, tmp_path)
-    clean(tmp_path)
-    assert "model.safetensors" in files(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    same(again, policy, dtype)
-    assert again.config._attn_implementation == "sdpa"
-    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == BYTES.get_vocab()
-    tied = CONFIGS[name].tie_word_embeddings
-    assert (again.get_input_embeddings().weight is again.get_output_embeddings().weight) == tied
-    assert tied == (name in ("gpt2", "qwen3"))
-    again = load(tmp_path, dtype)  # and starts another run
-    torch.testing.assert_close(score(again, pack(ITEMS["even"])), score(policy, pack(ITEMS["even"])), rtol=0, atol=0)
-
-
-@architectures
-@pytest.mark.parametrize("dora", [False, True])
-def test_an_adapter_reloads_through_peft(folders, tmp_path, name, dora):
-    policy = trained(LoRA(rank=2, dora=dora).wrap(load(folders[name])))
-    export(policy, BYTES, tmp_path)
-    clean(tmp_path)
-    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= files(tmp_path)
-    assert not {"model.safetensors", "base/model.safetensors"} & files(tmp_path)  # the base has a folder of its own
-    base = AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float64)
-    before = base(PROBE).logits
-    again = PeftModel.from_pretrained(base, tmp_path)
-    same(again, policy)
-    assert not torch.allclose(again(PROBE).logits, before)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-def test_tiny_reloads_whole(tmp_path, dtype):
-    policy = trained(dataclasses.replace(SMALL, dtype=dtype).load(BYTES, NO_DATA))
-    export(policy, BYTES, tmp_path)
-    clean(tmp_path)
-    same(AutoModelForCausalLM.from_pretrained(tmp_path), policy, dtype)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_an_adapter_on_tiny_brings_its_base(tmp_path, dtype):
-    start = dataclasses.replace(SMALL, dtype=dtype).load(BYTES, NO_DATA)
-    expected = weights(start)
-    attention.register()
-    start.set_attn_implementation(attention.NAME)
-    policy = trained(LoRA(rank=2).wrap(start))
-    export(policy, BYTES, tmp_path)
-    clean(tmp_path)
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    assert torch.equal(weights(base), expected)
-    same(AutoPeftModelForCausalLM.from_pretrained(tmp_path), policy, dtype)
-    same(PeftModel.from_pretrained(base, tmp_path), policy, dtype)
-    assert hasattr(policy, "peft_config")  # exporting does not take the adapter off the policy
-
-
 # ------------------------------------------------------------------------------------------------------------ presets
+
 
 HUB = {
     "gpt2": "openai-community/gpt2",

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from architectures import CONFIGS, ITEMS, NO_DATA, build, load, make_items, plain
+from architectures import CONFIGS, ITEMS, NO_DATA, architectures, build, load, make_items, plain
 
 from cdpo.batch import Item
 from cdpo.constraints.dropout import Dropout
@@ -22,7 +22,6 @@ from cdpo.model.tiny import Tiny
 
 CPU = torch.device("cpu")
 ALL = [*ITEMS["uneven"], *ITEMS["even"], *ITEMS["one token"]]
-architectures = pytest.mark.parametrize("name", CONFIGS)
 
 
 def scored(items=ALL, padded=False):

@@ -1,21 +1,14 @@
-"""One reference for a whole sweep: what its key knows, who computes it, and what becomes of a bad file."""
+"""One reference for a whole sweep: what its key knows, and what becomes of a bad file."""
 
 from __future__ import annotations
 
 import json
-import logging
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
-from collections import Counter
 
 import pytest
 import torch
 from architectures import CONFIGS, ITEMS, build, load, plain, save
-from composing import composed, train
+from run_files import key_of
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -25,15 +18,9 @@ from cdpo.errors import ConfigError
 from cdpo.model import reference
 from cdpo.model.reference import ReferencePass, weights_digest
 from cdpo.system import cache
-from cdpo.system.locks import locked
-from cdpo.training import loop
 
 CPU = torch.device("cpu")
 ALL = [*ITEMS["uneven"], *ITEMS["even"], *ITEMS["one token"]]
-PAIRS = [
-    {"prompt": f"\n\nHuman: {i}{'?' * i}\n\nAssistant:", "chosen": f" {i} yes", "rejected": f" {i}"} for i in range(40)
-]
-SMALL = ("model.hidden_size=32", "logger=none", "trainer.max_steps=2", "dataset.eval_size=0.2", "trainer.threads=1")
 
 
 @pytest.fixture(scope="module")
@@ -124,117 +111,6 @@ def test_where_a_model_lies_and_how_often_it_is_loaded_are_not(tmp_path):
     assert weights_digest(other) not in prints
 
 
-# ------------------------------------------------------------------------------------------------- through whole runs
-
-
-def run(tmp_path, name, *overrides):
-    """`reference` of summary.json, for a run below tmp_path/out on tmp_path/pairs.jsonl."""
-    data = tmp_path / "pairs.jsonl"
-    if not data.exists():
-        data.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
-    words = ("dataset=jsonl", f"dataset.path={data}", f"output_root={tmp_path}/out", *SMALL, *overrides)
-    return train(composed(*words), tmp_path / "out" / name)["reference"]
-
-
-SAME = [
-    "beta=0.7",
-    "loss=ipo",
-    "loss=simpo",
-    "seed=3",
-    "restart=2",
-    "constraint=lora_r2",
-    "constraint=lora_r4",
-    "constraint=dropout",
-    "optimizer.learning_rate=1e-2",
-    "trainer.batch_size=4",
-    "dataset.max_prompt_tokens=500",  # no row is that long, so no token changes
-    "dataset.eval_size=0.4",
-]
-OTHER = [
-    "model.init_seed=1",
-    "model.hidden_size=64",
-    "model.dtype=float64",
-    "dataset.max_prompt_tokens=24",
-    "dataset.max_response_tokens=5",
-    "dataset.max_rows=39",
-    "dataset.max_eval_rows=2",
-    "trainer.autocast=true",
-]
-
-
-def test_settings_that_share_a_reference(tmp_path):
-    assert run(tmp_path, "first") == "computed"
-    assert {word: run(tmp_path, word, word) for word in SAME} == dict.fromkeys(SAME, "cache")
-    assert len(list((tmp_path / "out" / ".cache").glob("reference/*"))) == 1
-
-
-def test_settings_that_do_not(tmp_path):
-    assert run(tmp_path, "first") == "computed"
-    assert {word: run(tmp_path, word, word) for word in OTHER} == dict.fromkeys(OTHER, "computed")
-    assert {word: run(tmp_path, f"{word}-again", word, "beta=0.7") for word in OTHER} == dict.fromkeys(OTHER, "cache")
-
-
-def test_other_text_is_another_reference(tmp_path):
-    run(tmp_path, "first")
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({**p, "chosen": " no"}) + "\n" for p in PAIRS))
-    assert run(tmp_path, "second") == "computed"
-
-
-def test_losses_that_leave_rows_out_share_with_those_that_do_not(tmp_path):
-    """A prompt whose rewards all tie gives no pair, and RLHF trains on it all the same."""
-    rows = [{"prompt": f"p{i}", "responses": [" a", " b"], "rewards": [1.0, float(i % 3 > 0)]} for i in range(20)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [run(tmp_path, loss, f"loss={loss}") for loss in ("dpo", "rlhf")] == ["computed", "cache"]
-
-
-def test_a_cache_dir_of_ones_own_and_another_output_root(tmp_path):
-    words = [f"cache_dir={tmp_path}/mine"]
-    assert run(tmp_path, "a", *words) == "computed"
-    assert run(tmp_path, "b", *words, f"output_root={tmp_path}/elsewhere") == "cache"
-    assert not (tmp_path / "out" / ".cache").exists()
-
-
-def test_a_run_outside_output_root_leaves_nothing_there(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    train(composed(*SMALL[:3]), tmp_path / "run")
-    assert {path.name for path in tmp_path.iterdir()} == {"run"}
-
-
-def rows(folder):
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.endswith("_per_second")} for row in found]
-
-
-@pytest.mark.parametrize("deleted", [False, True])
-def test_a_resumed_run_is_exact_whatever_became_of_the_cache(tmp_path, monkeypatch, deleted):
-    """Started from a cache, stopped after two of six steps; then the cache is gone, or holds other numbers."""
-    six = ("trainer.max_steps=6", "trainer.batch_size=8", "loss=dpo", "trainer.checkpoint_every=1")
-    run(tmp_path, "filler")
-    assert run(tmp_path, "whole", *six) == "cache"
-
-    class Stopped(Exception):
-        pass
-
-    step = loop.take_step
-
-    def stop(task):
-        if task.state.step == 2:
-            raise Stopped
-        step(task)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "take_step", stop)
-        with pytest.raises(Stopped):
-            run(tmp_path, "parts", *six)
-    (path,) = (tmp_path / "out" / ".cache").glob("reference/*/values.safetensors")
-    if deleted:
-        path.unlink()
-    else:
-        cache.write(path, key_of(path), load_file(path)["values"] + 1e-4)
-    assert run(tmp_path, "parts", *six) == "run directory"
-    assert rows(tmp_path / "out" / "parts") == rows(tmp_path / "out" / "whole")
-
-
 def test_a_base_that_changed_before_a_resume_is_still_refused(folders, llama, tmp_path):
     """The run's own file is read whatever the weights are, so that the step-0 check sees the change."""
     items = [Item(item.prompt, item.responses, item.pairs, None, f"row {i}") for i, item in enumerate(ALL)]
@@ -249,11 +125,6 @@ def test_a_base_that_changed_before_a_resume_is_still_refused(folders, llama, tm
 
 
 # ------------------------------------------------------------------------------------------------------- bad files
-
-
-def key_of(path):
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["key"])
 
 
 def spoil(path, kind):
@@ -317,102 +188,3 @@ def test_a_generator_is_not_advanced(llama, tmp_path):
     assert fill(llama, tmp_path, "b")[0] == "cache"
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
-
-
-# ------------------------------------------------------------------------------------------------- several processes
-
-WORKER = """
-import logging, sys, time, torch
-from pathlib import Path
-from cdpo.system import cache
-logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-folder, name, seconds = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
-def compute(tell):
-    with open(folder / "computed", "a") as file:
-        file.write(name + "\\n")
-    (folder / f"began-{name}").touch()
-    for i in range(10):
-        tell(i)
-        time.sleep(seconds / 10)
-    return torch.arange(5, dtype=torch.float64)
-seen = []
-entry = cache.Entry(folder / "cache", {"what": "numbers"})
-with entry.claimed(seen.append) as found:
-    here = found is None
-    found = entry.keep(compute(entry.telling(seen.append, 10))) if here else found
-assert found.tolist() == [0, 1, 2, 3, 4]
-print(name, "computed" if here else "read", len(seen))
-"""
-
-
-def worker(tmp_path, name, seconds):
-    command = [sys.executable, "-c", WORKER, str(tmp_path), name, str(seconds)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def begun(tmp_path, name):
-    deadline = time.monotonic() + 60
-    while not (tmp_path / f"began-{name}").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def test_of_processes_at_once_one_computes(tmp_path):
-    workers = [worker(tmp_path, f"w{i}", 3) for i in range(2)]
-    told = [process.communicate(timeout=120) for process in workers]
-    assert [process.returncode for process in workers] == [0, 0], told
-    assert Counter(out.split()[1] for out, _ in told) == {"computed": 1, "read": 1}
-    assert len((tmp_path / "computed").read_text().split()) == 1
-
-
-def test_who_waits_sees_progress_and_says_for_whom(tmp_path):
-    holder = worker(tmp_path, "holder", 6)
-    begun(tmp_path, "holder")
-    out, err = worker(tmp_path, "waiter", 0).communicate(timeout=120)
-    assert holder.wait(60) == 0
-    assert f"computed by pid {holder.pid} on host" in err
-    assert int(out.split()[2]) > 1
-
-
-def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
-    holder = worker(tmp_path, "holder", 600)
-    begun(tmp_path, "holder")
-    waiter = worker(tmp_path, "waiter", 0)
-    time.sleep(1)
-    holder.send_signal(signal.SIGKILL)
-    out, err = waiter.communicate(timeout=120)
-    assert out.split()[:2] == ["waiter", "computed"], err
-    assert worker(tmp_path, "late", 0).communicate(timeout=120)[0].split()[:2] == ["late", "read"]
-
-
-def test_a_stopped_holder_is_not_waited_for_for_ever(tmp_path, monkeypatch, caplog):
-    """It has the lock, and its sign of life is old."""
-    monkeypatch.setattr(cache, "PATIENCE", 1.0)
-    holder = worker(tmp_path, "holder", 600)
-    begun(tmp_path, "holder")
-    holder.send_signal(signal.SIGSTOP)
-    (life,) = (tmp_path / "cache").glob("*/lock.json")
-    os.utime(life, (time.time() - 1000, time.time() - 1000))
-    try:
-        entry, numbers = cache.Entry(tmp_path / "cache", {"what": "numbers"}), torch.arange(5, dtype=torch.float64)
-        with entry.claimed(lambda done: None) as found:
-            assert found is None
-            assert torch.equal(entry.keep(numbers), numbers)
-    finally:
-        holder.kill()
-        holder.communicate()
-    assert torch.equal(entry.read(), numbers)
-    assert "no sign of life" in caplog.text
-
-
-def test_a_signal_ends_the_wait(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
-    entry = cache.Entry(tmp_path, {"what": "numbers"})
-
-    def interrupted(done):
-        raise KeyboardInterrupt
-
-    with locked(entry.place), pytest.raises(KeyboardInterrupt), entry.claimed(interrupted):
-        pytest.fail("claimed")
-    assert not entry.file.exists()

@@ -5,40 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 from scipy.interpolate import PchipInterpolator
+from table_of_runs import cells, labels, run
 
-from cdpo.report import gap, tables
-from cdpo.report.labels import label
-
-RLHF = "cdpo.losses.candidates.RLHF"
-COUNTER = iter(range(10_000))
-
-
-def run(loss, attained=None, constraint="none", seed=0, state="finished", **more):
-    """A row of the table of runs. Keywords: config keys with __ for the dot, metrics with a leading m_."""
-    row = {"directory": f"run{next(COUNTER):04d}", "state": state, "model": "tabular", "dataset": "bandit"}
-    row |= {"loss": loss, "optimizer": "adamw", "constraint": constraint, "seed": seed, "restart": 0}
-    row |= {"config.seed": seed, "config.beta": 1.0, "metric/objective/attained": attained, "metric/objective": 0.0}
-    if loss == "rlhf":
-        row |= {"config.loss._target_": RLHF, "config.loss.rewards": "true", "config.loss.beta": 1.0}
-    for key, value in more.items():
-        prefix, name = ("metric/", key[2:]) if key.startswith("m_") else ("config.", key)
-        row[prefix + name.replace("__", "." if prefix == "config." else "/")] = value
-    return row
-
-
-def cells(*rows):
-    """The cells of a table of these runs, by (loss, constraint)."""
-    labelled = label(pd.DataFrame(rows))
-    table = gap.cells(gap.with_gaps(gap.best(labelled)), labelled.settings)
-    assert len(table.groupby(["loss", "constraint", "setting"])) == len(table)
-    return {(row["loss"], row["constraint"]): row for row in table.to_dict("records")}
-
-
-def labels(*rows):
-    return label(pd.DataFrame(rows))
+from cdpo.report import gap
 
 
 def penalty(loss, strength, norm, attained, name="l2_to_start", **more):
@@ -134,28 +105,6 @@ def test_under_early_stop_the_optimizer_is_part_of_the_problem():
     table = gap.cells(gap.with_gaps(gap.best(labelled)), labelled.settings)
     dpo = table[table["loss"] == "dpo"].set_index("optimizer.learning_rate")["gap"]
     assert dpo.to_dict() == {0.1: pytest.approx(0.1), 1.0: pytest.approx(0.3)}
-
-
-def test_seeds_that_change_nothing_are_no_repetitions():
-    rows = [run(loss, a, seed=s, m_eval__loss=e) for loss, a, e in
-            (("rlhf", 1.0, 0.0), ("dpo", 0.7, 0.5)) for s in (0, 1)]  # fmt: skip
-    other = [run("ipo", 0.7, seed=s, m_eval__loss=s / 8) for s in (0, 1)]  # the same share of other worlds
-    found = cells(*rows, *other, run("sft", 0.3))
-    assert {loss: cell["identical"] for (loss, _), cell in found.items()} == {
-        "rlhf": True, "dpo": True, "ipo": False, "sft": False}  # fmt: skip
-    table = pd.DataFrame(found.values())
-    assert [tables.gaps(table).rows, tables.gaps(table).notes] == [
-        [["none", "0.300 ± 0.000‡", "0.300 ± 0.000", "0.700"]], [tables.SAME]]  # fmt: skip
-    assert tables.attained(table).rows[0][1:3] == ["1.000 ± 0.000‡", "0.700 ± 0.000‡"]
-    assert tables.attained(table).notes == [tables.SAME]
-    assert [row[2] for row in tables.quality(table)[0].rows] == ["2‡", "2‡", "2", "1"]
-    assert tables.attained(table[~table["identical"]]).notes == []
-
-
-def test_negative_gaps_are_told_beyond_what_searches_differ_by():
-    found = cells(run("rlhf", 0.5), run("dpo", 0.5009), run("ipo", 0.5011))
-    said = tables.findings(pd.DataFrame(found.values()))
-    assert [line for line in said if "negative, by over 0.001" in line and "(ipo under none)" in line] == said[1:]
 
 
 def test_rewards_that_tie_are_not_missing():
@@ -260,32 +209,7 @@ def test_two_penalties_have_no_single_curve():
     assert "two penalties" in found["dpo", "l2_to_start + weight_decay"]["note"]
 
 
-# labels and settings
-
-
-def test_varying_parameters_of_a_loss_become_its_label():
-    rows = [run("gaussian", 0.5, loss__beta=b, loss__noise_scale=c, beta=b) for b in (0.1, 1.0) for c in (1.0, 2.0)]
-    assert set(labels(*rows).runs["loss_label"]) == {"gaussian (noise_scale 1)", "gaussian (noise_scale 2)"}
-    rows = run("dpo", 0.5, loss__beta=0.1), run("dpo", 0.5, loss__beta=1.0)
-    assert list(labels(*rows).runs["loss_label"]) == ["dpo (beta 0.1)", "dpo (beta 1)"]
-    rows = [run("wpo", 0.5, loss__loss___target_=f"cdpo.losses.pairwise.{name}") for name in ("DPO", "IPO")]
-    assert list(labels(*rows).runs["loss_label"]) == ["wpo (loss dpo)", "wpo (loss ipo)"]
-
-
-def test_varying_parameters_of_a_constraint_become_its_label():
-    rows = [run("dpo", 0.5, "lora_r8", constraint__lora_r8__rank=rank) for rank in (7, 8)]
-    assert list(labels(*rows).runs["constraint_label"]) == ["lora_r8 (rank 7)", "lora_r8 (rank 8)"]
-    both = run("dpo", 0.5, "lora_r8+dropout", constraint__lora_r8__rank=8, constraint__dropout__p=0.1)
-    assert list(labels(*rows[:1], both).runs["constraint_label"]) == ["lora_r8 (rank 7)", "lora_r8 (rank 8) + dropout"]
-
-
-def test_levels_of_a_family():
-    rows = [run("dpo", 0.5, f"lora_r{r}", **{f"constraint__lora_r{r}__rank": r,
-            f"constraint__lora_r{r}___target_": "cdpo.constraints.lora.LoRA"}) for r in (1, 4)]  # fmt: skip
-    found = labels(*rows, run("dpo", 0.5, "sparse_topk", constraint__sparse_topk__k=None,
-                              constraint__sparse_topk__fraction=0.25)).runs  # fmt: skip
-    assert list(zip(found["family"], found["level_name"], found["level"])) == [
-        ("lora", "rank", 1.0), ("lora", "rank", 4.0), ("sparse_topk", "fraction", 0.25)]  # fmt: skip
+# settings and order
 
 
 def test_means_are_not_taken_over_settings():
@@ -296,36 +220,6 @@ def test_means_are_not_taken_over_settings():
     assert labelled.settings == ["config.beta"]
     assert list(table["setting"]) == ["beta 0.1", "beta 0.1", "beta 1", "beta 1"]
     assert list(table["seeds"]) == [2, 2, 2, 2]
-
-
-def test_what_follows_the_seed_or_the_constraint_is_no_setting():
-    def one(seed, constraint, **more):
-        return run("dpo", 0.5, constraint, seed, dataset__world_seed=10 + seed, dataset__copy=seed, **more)
-
-    rows = [one(s, c, trainer__batch_size=b) for s in (0, 1) for c, b in (("none", None), ("l2_ball", 16))]
-    rows += [one(2, "none", trainer__log_every=7, trainer__threads=3, logger___target_="x", name="y")]
-    assert labels(*rows).settings == []
-    assert labels(*rows, one(2, "none", trainer__batch_size=4)).settings == ["config.trainer.batch_size"]
-
-
-def test_a_setting_that_follows_from_another_is_not_repeated():
-    rows = [run("dpo", 0.5, model__layers=n, model___target_=n, model__width=w) for n, w in ((1, 8), (2, 8), (2, 16))]
-    for row in rows:
-        row["model"] = f"model{row['config.model.layers']}"
-    assert labels(*rows).settings == ["model", "config.model.width"]
-
-
-def test_the_ceiling_is_rlhf_on_true_rewards_with_the_beta_of_j():
-    rows = run("rlhf", 1), run("rlhf", 1, loss__rewards="fitted"), run("rlhf", 1, loss__beta=0.5), run("dpo", 1)
-    assert list(labels(*rows).runs["is_ceiling"]) == [True, False, False, False]
-    learned = run("rlhf_learned", 1, loss___target_=RLHF, loss__rewards="fitted")
-    assert list(labels(run("rlhf", 1), learned).runs["is_ceiling"]) == [True, False]
-
-
-def test_tasks_and_runs_without_config_are_not_labelled():
-    task = run("gaussian", None, task___target_="cdpo.compressive_sensing.Recovery")
-    missing = run("dpo", None, state="missing") | {"config.seed": None}
-    assert list(labels(run("dpo", 0.5), task, missing).runs["loss"]) == ["dpo"]
 
 
 def test_losses_and_constraints_stand_in_a_fixed_order():

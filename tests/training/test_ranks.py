@@ -12,6 +12,7 @@ import pytest
 import torch
 from composing import composed, train
 from ranked import together
+from run_files import weights
 from safetensors.torch import load_file
 
 from cdpo.data.packing import Plan
@@ -37,11 +38,6 @@ CLOCK = {"tokens_per_second", "pairs_per_second"}
 
 def run_of(name: str, how: str = "none", *more: str) -> dict:
     return composed(*RUNS[name], *more, f"trainer.distributed={how}")
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    names = ("adapter_model.safetensors", "model.safetensors")
-    return load_file(next(folder / "model" / name for name in names if (folder / "model" / name).exists()))
 
 
 def rows(folder: Path) -> list[dict]:

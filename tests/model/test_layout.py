@@ -1,0 +1,85 @@
+"""Packed trees where an architecture computes the right numbers from them, padded rows where it does not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import DIMS, ITEMS, SHAPE, VOCABULARY, architectures, build, close, load, make_items, plain
+from transformers import (
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    Llama4TextConfig,
+    MambaConfig,
+    MistralConfig,
+)
+
+from cdpo.data.packing import pack
+from cdpo.model import attention
+from cdpo.model.layout import layout_for
+from cdpo.model.logps import score
+
+WINDOWED = {**SHAPE, "num_key_value_heads": 1, "sliding_window": 4}
+OTHERS = {  # none of these can attend over packed trees
+    "mistral, sliding window": MistralConfig(**WINDOWED),
+    "gemma 2, soft-capping": Gemma2Config(**WINDOWED, head_dim=8),
+    "gemma 3, sliding window": Gemma3TextConfig(**WINDOWED, head_dim=8),
+    "llama 4, chunks": Llama4TextConfig(
+        **SHAPE,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_local_experts=2,
+        attention_chunk_size=4,
+        intermediate_size_mlp=20,
+    ),
+    "mamba, no attention": MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1),
+    "bloom, alibi": BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=1, n_head=2),
+    "falcon, its own attention": FalconConfig(**DIMS, alibi=False),
+}
+
+
+@architectures
+def test_known_architectures_take_packed_trees(folders, name):
+    for dtype in ("float32", "bfloat16", "float64"):
+        model = load(folders[name], dtype, packed=False)
+        assert layout_for(model, ITEMS["uneven"], "trees") == (False, "")
+        assert model.config._attn_implementation == attention.NAME
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("kind", ["uneven", "one token first"])
+def test_other_architectures_fall_back_with_a_reason(name, kind):
+    """One-token responses encode no branch, so nothing of a sibling is there to be seen: they alone prove nothing."""
+    items = ITEMS["uneven"] if kind == "uneven" else make_items((2, [1, 1]), (5, [4, 6]))
+    model = build(OTHERS[name])
+    before = model.config._attn_implementation
+    with torch.no_grad():
+        expected = plain(model, items)
+        padded, reason = layout_for(model, items, "trees")
+        assert padded
+        assert reason
+        assert model.config._attn_implementation == before
+        close(score(model, pack(items, padded=True)), expected, name, "float32")
+
+
+def test_a_chosen_attention_pads(folders):
+    model = load(folders["llama"], packed=False)
+    assert layout_for(model, ITEMS["even"], "sdpa") == (True, "model.attention=sdpa")
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("error", [NotImplementedError(), KeyError("x"), IndexError("no such row\nat all")])
+def test_an_architecture_that_chokes_falls_back(folders, error, monkeypatch):
+    model = load(folders["llama"], packed=False)
+
+    def choke(model, batch):
+        if batch.attention_mask is None:
+            raise error
+        return score(model, batch)
+
+    monkeypatch.setattr("cdpo.model.layout.score", choke)
+    padded, reason = layout_for(model, ITEMS["even"], "trees")
+    assert padded
+    assert reason in ("NotImplementedError", "'x'", "no such row")
+    assert model.config._attn_implementation == "sdpa"
