@@ -14,6 +14,6 @@ from cdpo.constraints.sparse_topk import SparseTopK
 from cdpo.constraints.weight_decay import WeightDecay
 
 __all__ = [
-    "BiasOnly", "Constraint", "Dropout", "EarlyStop", "Freeze", "KLBudget", "L2Ball", "L2ToStart", "LinfBall", "LoRA", "SparseTopK",
-    "WeightDecay",
+    "BiasOnly", "Constraint", "Dropout", "EarlyStop", "Freeze", "KLBudget", "L2Ball", "L2ToStart", "LinfBall", "LoRA",
+    "SparseTopK", "WeightDecay",
 ]  # fmt: skip

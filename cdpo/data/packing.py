@@ -29,7 +29,7 @@ def pack(items: Sequence[Item], reference: Sequence[Tensor] | None = None, padde
     first = [sum(sizes[:i]) for i in range(len(sizes))]  # index of each Item's first response
     pairs = [(f + p.winner, f + p.loser, p.preference, p.weight) for f, item in zip(first, items) for p in item.pairs]
     responses = [response for item in items for response in item.responses]
-    real = torch.float64  # kept exact here; score() and the loss choose their own precision
+    real = torch.float64  # kept exact here; scores and losses choose their own precision
     return Batch(
         **tokens,
         target=torch.tensor([token for response in responses for token in response]),

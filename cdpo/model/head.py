@@ -7,10 +7,7 @@ more, the slice computed again, for all slices but the last. A frozen head needs
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +40,7 @@ class Tokens(NamedTuple):
 
 
 class _LogProbs(torch.autograd.Function):
-    """z = shape(h W' + b) at M positions; log softmax(z)[row, target] for N tokens. See `token_logps`."""
+    """z = shape(h W' + b) at M positions; log softmax(z)[row, target] for N tokens. See `LeanHead.logps`."""
 
     @staticmethod
     def forward(
@@ -61,7 +58,7 @@ class _LogProbs(torch.autograd.Function):
         slices, buffer = _slices(count, weight, wide)
         for a, b in slices:
             w = weight[a:b].to(dtype)
-            z = shape(_logits(h, w, bias, a, b, buffer))
+            z = shape(_logits(h, w, None if bias is None else bias[a:b], buffer))
             inside, at = _within(target, a, b)
             torch.where(inside, z[row, at], token, out=token)
             if statistics:
@@ -110,7 +107,7 @@ class _LogProbs(torch.autograd.Function):
                 dz = _view(buffer, len(h), b - a).mul_((-position * kept[1].exp())[:, None])
                 kept = None
             else:
-                dz = ctx.shape(_logits(h, w, bias, a, b, buffer))
+                dz = ctx.shape(_logits(h, w, None if bias is None else bias[a:b], buffer))
                 if ctx.shape.cap is not None:
                     slope = 1 - (dz / ctx.shape.cap).square_()
                 dz.sub_(logsum[:, None]).exp_().mul_(-position[:, None])
@@ -142,11 +139,11 @@ def _view(buffer: Tensor, rows: int, columns: int) -> Tensor:
     return buffer[: rows * columns].view(rows, columns)
 
 
-def _logits(h: Tensor, w: Tensor, bias: Tensor | None, a: int, b: int, buffer: Tensor) -> Tensor:
-    """Of tokens a to b of the vocabulary, written into `buffer`. [M, b - a]"""
-    z = _view(buffer, len(h), b - a)
+def _logits(h: Tensor, w: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
+    """Of the tokens of a slice of the vocabulary, written into `buffer`. [M, width], [v, width], [v] -> [M, v]"""
+    z = _view(buffer, len(h), len(w))
     if bias is not None:
-        return z.copy_(torch.addmm(bias[a:b].to(h.dtype), h, w.T))
+        return z.copy_(torch.addmm(bias.to(h.dtype), h, w.T))
     return torch.mm(h, w.T, out=z) if h.dtype == z.dtype else z.copy_(h @ w.T)
 
 
@@ -166,84 +163,32 @@ def _within(target: Tensor, a: int, b: int) -> tuple[Tensor, Tensor]:
     return (target >= a) & (target < b), (target - a).clamp(0, b - a - 1)
 
 
-def token_logps(
-    hidden: Tensor, head: nn.Linear, row: Tensor, target: Tensor, shape: Shape = PLAIN, statistics: bool = False
-) -> Tokens:
-    """Log-probs of the N tokens `target`, predicted at `row` [N] of the M positions of `hidden` [M, width].
+class LeanHead(NamedTuple):
+    """A model's head, a plain matrix, and what the model does to its logits; it never holds all of them."""
 
-    Logits are computed in the head's dtype, or autocast's, then float32 or better, as a forward pass would. Backward
-    goes through once; derivatives of derivatives are not available.
-    """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    backward = torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad)
-    with torch.autocast(device, enabled=False):
-        found = _LogProbs.apply(hidden, head.weight, head.bias, row, target, shape, statistics, dtype, backward)
-    return Tokens(*found)
+    linear: nn.Linear
+    shape: Shape = PLAIN
 
+    def logps(self, hidden: Tensor, row: Tensor, target: Tensor, statistics: bool = False) -> Tokens:
+        """Log-probs of the N tokens `target`, predicted at `row` [N] of the M positions of `hidden` [M, width].
 
-_SHAPES: WeakKeyDictionary[nn.Linear, Shape | None] = WeakKeyDictionary()
-
-
-def linear_head(model: nn.Module) -> nn.Linear | None:
-    """The head if it is a plain matrix that nothing else listens to; an adapted or compiled one is not."""
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if get is not None else None
-    hooked = head is not None and (head._forward_hooks or head._forward_pre_hooks)
-    compiled = getattr(model, "_compiled_call_impl", None) is not None
-    known = head is None or _SHAPES.get(head, PLAIN) is not None
-    return head if type(head) is nn.Linear and known and not hooked and not compiled else None
+        Logits are computed in the head's dtype, or autocast's, then float32 or better, as a forward pass would.
+        Backward goes through once; derivatives of derivatives are not available.
+        """
+        device, (weight, bias) = hidden.device.type, (self.linear.weight, self.linear.bias)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+        with torch.autocast(device, enabled=False):
+            found = _LogProbs.apply(hidden, weight, bias, row, target, self.shape, statistics, dtype, backward)
+        return Tokens(*found)
 
 
-def undecided(head: nn.Linear) -> bool:
-    """Whether nothing is known yet of what its model does to the logits."""
-    return head not in _SHAPES
-
-
-def distrust(model: nn.Module) -> None:
-    """Let the head do its own work from now on: what the model makes of its logits is none of the known shapes."""
-    if (head := linear_head(model)) is not None:
-        _SHAPES[head] = None
-
-
-@contextmanager
-def forward_is(module: nn.Module, instead: Callable[..., Any]) -> Iterator[None]:
-    """Within the block a call of `module` does `instead`; the hooks around its forward pass stay."""
-    before = module.__dict__.get("forward")
-    module.forward = instead  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
-
-
-@contextmanager
-def left_out(head: nn.Linear) -> Iterator[list[Tensor]]:
-    """Within the block the model's forward pass leaves out its head: its input is kept, PROBES are its output."""
-    kept: list[Tensor] = []
-
-    def instead(hidden: Tensor) -> Tensor:
-        kept.append(hidden)
-        return hidden.new_tensor(PROBES).expand(*hidden.shape[:-1], -1)
-
-    with forward_is(head, instead):
-        yield kept
-
-
-def shape_of(model: Any, head: nn.Linear, probed: Tensor) -> Shape | None:
-    """What `model` makes of the logits of its head: of PROBES it made `probed`. None if that is none of the known.
-
-    Found out once per head, by numbers and not by the names of architectures.
-    """
-    if head not in _SHAPES:
-        found = probed.detach().flatten(0, -2)[0].double().cpu()
-        cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        scale = float(found[PROBES.index(1.0)]) if len(found) == len(PROBES) else math.nan
-        shape = Shape(cap=float(cap)) if cap else Shape(scale)
-        expected = shape(torch.tensor(PROBES, dtype=torch.float64))
-        precision = 8 * torch.finfo(probed.dtype).eps
-        same = found.shape == expected.shape and torch.allclose(found, expected, rtol=precision, atol=precision)
-        _SHAPES[head] = shape if same else None
-    return _SHAPES[head]
+def shape_of(probed: Tensor, cap: float | None) -> Shape | None:
+    """What a model made of logits that were PROBES: cap them at `cap`, or scale them; None if it is neither. [5]"""
+    found = probed.detach().double().cpu()
+    scale = float(found[PROBES.index(1.0)]) if len(found) == len(PROBES) else math.nan
+    shape = Shape(cap=cap) if cap else Shape(scale)
+    expected = shape(torch.tensor(PROBES, dtype=torch.float64))
+    precision = 8 * torch.finfo(probed.dtype).eps
+    same = found.shape == expected.shape and torch.allclose(found, expected, rtol=precision, atol=precision)
+    return shape if same else None

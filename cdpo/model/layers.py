@@ -34,8 +34,8 @@ def checkpoint_layers(policy: Any) -> None:
     policy.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def switched(policy: Any, trainer: Trainer) -> Any:
-    """The policy with what saves memory or time."""
+def switch(policy: Any, trainer: Trainer) -> None:
+    """Turn on what saves memory or time. Raises ConfigError as `check_switches` does."""
     check_switches(policy, trainer)
     if trainer.gradient_checkpointing:
         checkpoint_layers(policy)
@@ -43,7 +43,6 @@ def switched(policy: Any, trainer: Trainer) -> Any:
         register_for_compiled_layers()
         for layer in decoder_layers(policy):
             layer.compile(dynamic=True)
-    return policy
 
 
 @contextmanager

@@ -5,55 +5,93 @@ Found out by comparing numbers with the plain forward pass; no architecture is t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from cdpo.batch import Item
+from cdpo.batch import Batch, Item
 from cdpo.data.packing import pack
 from cdpo.errors import ConfigError
-from cdpo.model import attention
-from cdpo.model.head import distrust
-from cdpo.model.logps import one_by_one, score
+from cdpo.model import attention, head
+from cdpo.model.logps import Scorer, decoder, inputs_of, linear_head, one_by_one
 
 
-def layout_for(model: Any, items: Sequence[Item], wanted: str) -> tuple[bool, str]:
+@torch.no_grad()
+def layout_for(scorer: Scorer, items: Sequence[Item], wanted: str) -> tuple[bool, str]:
     """Whether rows must be padded, and why: packed trees are used where they give the numbers of the plain forward.
 
-    Compares numbers on two Items; an architecture is not trusted by name. `wanted` is the model's `attention`.
-    Raises ConfigError for a model whose padded rows do not give those numbers either.
+    Compares numbers on two Items, and finds out on the way how much of the head's work `scorer` can do itself.
+    `wanted` is the model's `attention`. Raises ConfigError for a model whose padded rows do not give those numbers.
     """
+    model = scorer.model
     probe = _probe(items)
-    with torch.no_grad():
-        expected = one_by_one(model, probe)
+    expected = scorer.ask(lambda model: one_by_one(model, probe))
 
     def agrees(padded: bool) -> bool:
-        with torch.no_grad():
-            batch = pack(probe, padded=padded).to(expected.device)
-            return bool(((score(model, batch) - expected).abs() <= rounding(model.dtype, batch.length)).all())
+        batch = pack(probe, padded=padded).to(expected.device)
+        return bool(((scorer(batch)[0] - expected).abs() <= rounding(model.dtype, batch.length)).all())
 
+    rows = pack(probe, padded=True).to(expected.device)
+    scorer.shape = scorer.ask(lambda model: shape_of(model, rows))
     if not agrees(padded=True):
-        distrust(model)
+        scorer.shape = None
         if not agrees(padded=True):
             raise ConfigError("padded rows give other log-probs than single ones: this model takes no batches")
     if wanted != "trees":
         return True, f"model.attention={wanted}"
     attention.register()
     before = getattr(model.config, "_attn_implementation", None)
-    with torch.no_grad():
-        try:
-            model.set_attn_implementation(attention.NAME)
-            reason = "" if agrees(padded=False) else "its packed log-probs differ from the plain ones"
-            if model.config._attn_implementation != attention.NAME:
-                reason = "its attention cannot be replaced"
-        except Exception as error:  # whatever an architecture makes of the layout, padded rows are right
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+    try:
+        model.set_attn_implementation(attention.NAME)
+        reason = "" if agrees(padded=False) else "its packed log-probs differ from the plain ones"
+        if model.config._attn_implementation != attention.NAME:
+            reason = "its attention cannot be replaced"
+    except Exception as error:  # whatever an architecture makes of the layout, padded rows are right
+        reason = (str(error) or type(error).__name__).splitlines()[0]
     if reason:
         model.set_attn_implementation(before or "eager")
     return bool(reason), reason
+
+
+@torch.no_grad()
+def shape_of(model: Any, batch: Batch) -> head.Shape | None:
+    """What a model does to the logits of its head, a plain matrix; None if its own forward pass is the only way.
+
+    Asked with PROBES for logits. The head's input must be what the decoder gives, and nothing else.
+    """
+    linear = linear_head(model)
+    if linear is None:
+        return None
+    try:
+        with _left_out(linear) as kept:
+            probed = model(**inputs_of(batch, whole_model=True)).logits
+        hidden = decoder(model)(**inputs_of(batch)).last_hidden_state
+    except Exception:  # whatever the model does with its logits, it cannot do it with PROBES
+        return None
+    if len(kept) != 1 or not torch.equal(kept[0], hidden):
+        return None
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return head.shape_of(probed.flatten(0, -2)[0], cap and float(cap))
+
+
+@contextmanager
+def _left_out(linear: nn.Linear) -> Iterator[list[Tensor]]:
+    """Within the block the model's forward pass leaves out its head: its input is kept, PROBES are its output."""
+    kept: list[Tensor] = []
+
+    def instead(hidden: Tensor) -> Tensor:
+        kept.append(hidden)
+        return hidden.new_tensor(head.PROBES).expand(*hidden.shape[:-1], -1)
+
+    linear.forward = instead  # type: ignore[method-assign, assignment]
+    try:
+        yield kept
+    finally:
+        del linear.forward  # the class's own again
 
 
 def _probe(items: Sequence[Item]) -> list[Item]:

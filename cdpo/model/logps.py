@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from cdpo.model.attention import Trees
-from cdpo.model.head import Tokens, distrust, forward_is, left_out, linear_head, shape_of, token_logps, undecided
+from cdpo.model.head import LeanHead, Shape, Tokens
 
 if TYPE_CHECKING:
     from cdpo.batch import Batch, Item
+
+A = TypeVar("A")
 
 
 class Statistics(NamedTuple):
@@ -22,59 +24,69 @@ class Statistics(NamedTuple):
     logit: Tensor  # [S]; mean logit over the vocabulary
 
 
-def score(model: nn.Module, batch: Batch) -> Tensor:
-    """log pi(y|x) of every response, summed over its tokens, in nats. [S], float64"""
-    return _summed(_tokens(model, batch, statistics=False), batch)
+class Scorer(nn.Module):
+    """A model that is asked for the log-probs of responses.
 
+    Where it is known what the model does to the logits of its head (`shape`, which `layout_for` finds out), the model
+    runs without its head, whose work `LeanHead` does in less room. Else the model makes all logits.
 
-def score_with_statistics(model: nn.Module, batch: Batch) -> tuple[Tensor, Statistics]:
-    """The same log-probs, and what evaluation wants to know of the logits. [S], 2 x [S]"""
-    tokens = _tokens(model, batch, statistics=True)
-    assert tokens.entropy is not None
-    assert tokens.logit is not None
-    means = [_by_response(x[batch.row], batch) / batch.length for x in (tokens.entropy, tokens.logit)]
-    return _summed(tokens, batch), Statistics(*means)
-
-
-def _tokens(model: nn.Module, batch: Batch, statistics: bool) -> Tokens:
-    """Every response token where it is predicted, and no logits elsewhere.
-
-    The model runs without its head, whose work `token_logps` does in less room; where it cannot, the head does it.
-    All of it is the model's forward pass, as weights that are sharded are whole only there.
+    All that goes through the model goes through this module: where weights are sharded they are whole only within it.
     """
-    head, forward = linear_head(model), model.forward
 
-    def plain(**inputs: Any) -> Tokens:
-        return _plain(_at(forward(**inputs).logits, batch), batch, statistics)
+    model: Any
 
-    def lean(**inputs: Any) -> Tokens:
-        assert head is not None
-        try:
-            with left_out(head) as hidden:
-                probed = forward(**inputs).logits
-        except Exception:
-            if not undecided(head):
-                raise
-            distrust(model)  # whatever the model does with its logits, it cannot do it with PROBES
-            return plain(**inputs)
-        shape = shape_of(model, head, probed) if len(hidden) == 1 else None
-        if shape is None:
-            return plain(**inputs)
-        return token_logps(_at(hidden[0], batch), head, batch.row, batch.target, shape, statistics)
+    def __init__(self, model: Any, shape: Shape | None = None) -> None:
+        super().__init__()
+        self.model, self.shape = model, shape
 
-    with forward_is(model, plain if head is None else lean):
-        return model(**_inputs(batch))
+    def forward(self, batch: Batch, statistics: bool = False) -> tuple[Tensor, Statistics | None]:
+        """log pi(y|x) of every response, summed over its tokens, in nats; and statistics of its logits, if asked for.
+
+        [S], float64; 2 x [S]
+        """
+        head = linear_head(self.model)
+        if self.shape is None or head is None:
+            logits = self.model(**inputs_of(batch, whole_model=True)).logits
+            tokens = _plain(logits[0] if batch.attention_mask is None else _at(logits, batch), batch, statistics)
+        else:
+            hidden = _at(decoder(self.model)(**inputs_of(batch)).last_hidden_state, batch)
+            tokens = LeanHead(head, self.shape).logps(hidden, batch.row, batch.target, statistics)
+        return _summed(tokens, batch), _statistics(tokens, batch) if statistics else None
+
+    def ask(self, question: Callable[[Any], A]) -> A:
+        """What `question` makes of the model, whose weights are whole meanwhile."""
+        return question(self.model)
 
 
-def _inputs(batch: Batch) -> dict[str, Any]:
-    """What the model's forward pass is given: one packed row with its trees, or padded rows."""
+def linear_head(model: nn.Module) -> nn.Linear | None:
+    """The head if it is a plain matrix that nothing else listens to; an adapted or compiled one is not."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if get is not None else None
+    compiled = getattr(model, "_compiled_call_impl", None) is not None
+    hooked = head is not None and (head._forward_hooks or head._forward_pre_hooks)
+    return head if type(head) is nn.Linear and not (hooked or compiled) else None
+
+
+def decoder(model: Any) -> nn.Module:
+    """A causal language model without its head, adapters or not."""
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    return inner.base_model  # type: ignore[no-any-return]
+
+
+def inputs_of(batch: Batch, whole_model: bool = False) -> dict[str, Any]:
+    """What a forward pass is given: one packed row with its trees, or padded rows.
+
+    In packed rows the whole model is told where logits are wanted: nowhere but where response tokens are predicted.
+    """
     if batch.attention_mask is not None:
         return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-    ids = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "logits_to_keep": batch.predict_at}
-    return {**ids, "use_cache": False, "trees": Trees(batch)}
+    wanted = {"logits_to_keep": batch.predict_at} if whole_model else {}
+    ids = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+    return {**ids, **wanted, "use_cache": False, "trees": Trees(batch)}
 
 
 def _plain(logits: Tensor, batch: Batch, statistics: bool) -> Tokens:
+    """The same as `LeanHead.logps`, from logits at all positions. [M, vocabulary]"""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     token = logits[batch.row, batch.target] - logits.logsumexp(-1)[batch.row]
     if not statistics:
@@ -85,12 +97,18 @@ def _plain(logits: Tensor, batch: Batch, statistics: bool) -> Tokens:
 
 
 def _at(values: Tensor, batch: Batch) -> Tensor:
-    """Where response tokens are predicted; the model itself sees to that in packed rows. [M, ...]"""
-    return values[0] if batch.attention_mask is None else values.flatten(0, 1)[batch.predict_at]
+    """Where response tokens are predicted. [R, T, ...] -> [M, ...]"""
+    return values.flatten(0, 1)[batch.predict_at]
 
 
 def _summed(tokens: Tokens, batch: Batch) -> Tensor:
     return _by_response(tokens.logp.double(), batch)  # a float32 sum of 2,000 tokens is off by 1e-3
+
+
+def _statistics(tokens: Tokens, batch: Batch) -> Statistics:
+    assert tokens.entropy is not None
+    assert tokens.logit is not None
+    return Statistics(*(_by_response(x[batch.row], batch) / batch.length for x in (tokens.entropy, tokens.logit)))
 
 
 def _by_response(values: Tensor, batch: Batch) -> Tensor:

@@ -16,13 +16,13 @@ from random import Random
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cdpo.batch import Batch, Item, Logps
 from cdpo.data.packing import Scored
 from cdpo.errors import ConfigError, NumericsError
 from cdpo.model.layout import rounding
-from cdpo.model.logps import score
+from cdpo.model.logps import Scorer
 from cdpo.system import cache
 from cdpo.system.ranks import Ranks
 
@@ -42,7 +42,7 @@ class ReferencePass:
     ranks: Ranks = field(default_factory=Ranks)  # they share the work; only the first reads and writes files
     tell: cache.Tell = lambda done: None  # hears how many Items are done, and may raise to interrupt
 
-    def fill(self, model: nn.Module, scored: Scored) -> str:
+    def fill(self, scorer: Scorer, scored: Scored) -> str:
         """Fill `scored.reference`; returns where it is from: "computed", "cache" or "run directory".
 
         In eval mode, in an order that depends on the tokens only: every split of the same Items finds the same numbers,
@@ -51,46 +51,46 @@ class ReferencePass:
         digests = [item_digest(item) for item in scored.items]
         order = sorted(range(len(digests)), key=digests.__getitem__)
         ordered = Scored([scored.items[i] for i in order], scored.padded, scored.device)
-        key = self._key(model, scored, sorted(digests))
+        key = self._key(scorer.model, scored, sorted(digests))
         # without the weights: on resume the step-0 check refuses other ones, which new numbers would hide
         found, reason = self.ranks.from_first(lambda: cache.read(self.own, key))
         source = "run directory"
         if reason:
             log.warning("%s: %s; not used", self.own, reason)
         if found is None:
-            found, source = self._elsewhere(model, ordered, key)
+            found, source = self._elsewhere(scorer, ordered, key)
         parts = dict(zip(order, found.split([len(item.responses) for item in ordered.items])))
         scored.reference = [parts[i] for i in range(len(order))]
         scored.__post_init__()  # forget batches without reference
         return source
 
-    def _elsewhere(self, model: nn.Module, ordered: Scored, key: dict[str, Any]) -> tuple[Tensor, str]:
+    def _elsewhere(self, scorer: Scorer, ordered: Scored, key: dict[str, Any]) -> tuple[Tensor, str]:
         """Out of the shared folder, or computed; and written into the run directory."""
         if self.shared is None or self.ranks.sharded:  # a shard does not show all weights: nothing to know them by
-            found, source = self._computed(model, ordered, self.tell), "computed"
+            found, source = self._computed(scorer, ordered, self.tell), "computed"
         else:
-            key |= {"weights": weights_digest(model)}
-            found, source = self._shared(model, ordered, cache.Entry(self.shared, key))
+            key |= {"weights": weights_digest(scorer.model)}
+            found, source = self._shared(scorer, ordered, cache.Entry(self.shared, key))
         self.ranks.from_first(lambda: cache.write(self.own, key, found))
         return found, source
 
-    def _shared(self, model: nn.Module, ordered: Scored, entry: cache.Entry) -> tuple[Tensor, str]:
+    def _shared(self, scorer: Scorer, ordered: Scored, entry: cache.Entry) -> tuple[Tensor, str]:
         """Out of the shared folder, if another run has left the numbers or is about to; else left there for others."""
 
         def fault(numbers: Tensor) -> str:
-            return _fault(model, ordered, numbers)
+            return _fault(scorer, ordered, numbers)
 
         if self.ranks.size > 1:  # nobody waits for another run: who computes is many already
             known = self.ranks.from_first(lambda: entry.read(fault))
             if known is not None:
                 return known, "cache"
-            found = self._computed(model, ordered, self.tell)
+            found = self._computed(scorer, ordered, self.tell)
             self.ranks.from_first(lambda: entry.keep(found))
             return found, "computed"
         with entry.claimed(self.tell, fault) as known:
             if known is not None:
                 return known, "cache"
-            return entry.keep(self._computed(model, ordered, entry.telling(self.tell, len(ordered.items)))), "computed"
+            return entry.keep(self._computed(scorer, ordered, entry.telling(self.tell, len(ordered.items)))), "computed"
 
     def _key(self, model: Any, scored: Scored, digests: list[bytes]) -> dict[str, Any]:
         """All that the numbers depend on but the weights; micro-batches too, as another grouping rounds otherwise."""
@@ -106,15 +106,15 @@ class ReferencePass:
             "tokens_per_micro_batch": self.micro_batch,
         }
 
-    def _computed(self, model: nn.Module, scored: Scored, tell: cache.Tell) -> Tensor:
+    def _computed(self, scorer: Scorer, scored: Scored, tell: cache.Tell) -> Tensor:
         """Log-probs of all responses, Item after Item. [responses], nats"""
         parts: list[Tensor] = [torch.empty(0)] * len(scored.items)
         done = 0
-        model.eval()
+        scorer.eval()
 
         def work(indices: tuple[int, ...]) -> Tensor:
             with torch.no_grad():
-                return score(model, scored.batch(indices)).double().cpu()
+                return scorer(scored.batch(indices))[0].cpu()
 
         portions = scored.portions(self.micro_batch)
         for indices, sums in zip(portions, self.ranks.dealt(portions, work)):
@@ -132,28 +132,28 @@ def _check_finite(sums: Tensor, batch: Batch) -> None:
         raise NumericsError(f"the reference gives NaN or infinite log-probs to {', '.join(bad[:5])}")
 
 
-def _fault(model: nn.Module, scored: Scored, found: Tensor) -> str:
+def _fault(scorer: Scorer, scored: Scored, found: Tensor) -> str:
     """Score a few Items, others each time, and say where numbers that were read differ by more than rounding."""
     parts = found.split([len(item.responses) for item in scored.items])
     some = Random().sample(range(len(parts)), min(RESCORED, len(parts)))
     few = Scored([scored.items[i] for i in some], scored.padded, scored.device, [parts[i] for i in some])
-    for _, logps, off, allowed in _differences(model.eval(), few):
+    for _, logps, off, allowed in _differences(scorer.eval(), few):
         if not bool((off <= allowed).all()):
             i = int((off - allowed).argmax())
             return f"stale: {logps.reference[i]:.6f} nats for a response that scores {logps.policy[i]:.6f}"
     return ""
 
 
-def _differences(model: nn.Module, scored: Scored) -> Iterator[tuple[Batch, Logps, Tensor, Tensor]]:
+def _differences(scorer: Scorer, scored: Scored) -> Iterator[tuple[Batch, Logps, Tensor, Tensor]]:
     """Batches scored again, how far each response is from its reference, and how far rounding may take it, in nats."""
-    dtype = _least_precise(model, scored.device)
+    dtype = _least_precise(scorer, scored.device)
     for _, batch in scored.batches(sum(item.tokens for item in scored.items)):
         with torch.no_grad():
-            logps = batch.logps(score(model, batch))
+            logps = batch.logps(scorer(batch)[0])
         yield batch, logps, logps.log_ratio().abs(), rounding(dtype, logps.length)
 
 
-def check_start(policy: nn.Module, scored: Scored) -> float:
+def check_start(scorer: Scorer, scored: Scored) -> float:
     """Score a few Items with the wrapped policy against the reference, before any step. Returns the largest difference.
 
     Raises ConfigError where policy and reference differ by more than rounding: another base model, an adapter that does
@@ -161,7 +161,7 @@ def check_start(policy: nn.Module, scored: Scored) -> float:
     """
     first = Scored(scored.items[:CHECKED], scored.padded, scored.device, scored.reference[:CHECKED])
     worst = 0.0
-    for batch, logps, off, allowed in _differences(policy.eval(), first):
+    for batch, logps, off, allowed in _differences(scorer.eval(), first):
         worst = max(worst, float(off.max()))
         if not bool((off <= allowed).all()):
             i = int((off - allowed).argmax())
@@ -172,21 +172,21 @@ def check_start(policy: nn.Module, scored: Scored) -> float:
     return worst
 
 
-def check_loaded(policy: nn.Module, witness: Item, before: Tensor, scored: Scored) -> None:
+def check_loaded(scorer: Scorer, witness: Item, before: Tensor, scored: Scored) -> None:
     """ConfigError unless the reference of one Item, computed on shards, is `before`, that of the model as loaded."""
     found = next(one for item, one in zip(scored.items, scored.reference) if item is witness)
     length = torch.tensor([len(response) for response in witness.responses])
     off = (found - before.cpu()).abs()
-    if not bool((off <= rounding(_least_precise(policy, scored.device), length)).all()):
+    if not bool((off <= rounding(_least_precise(scorer, scored.device), length)).all()):
         raise ConfigError(
             f"sharded, the policy scores {witness.source} {float(off.max()):.6f} nats off the model as it was loaded: "
             "does a constraint change the policy before the first step?"
         )
 
 
-def _least_precise(policy: nn.Module, device: torch.device) -> torch.dtype:
-    """Of the dtypes that the policy computes in: its parameters', and autocast's."""
-    dtypes = {parameter.dtype for parameter in policy.parameters()}
+def _least_precise(scorer: Scorer, device: torch.device) -> torch.dtype:
+    """Of the dtypes that the model computes in: its parameters', and autocast's."""
+    dtypes = {parameter.dtype for parameter in scorer.parameters()}
     if torch.is_autocast_enabled(device.type):
         dtypes.add(torch.get_autocast_dtype(device.type))
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from os.path import commonprefix
+from os.path import commonprefix  # of the characters
 from typing import TYPE_CHECKING, Any
 
 from cdpo.config.identity import FREE
@@ -164,7 +164,7 @@ def _families(rows: list[dict[str, Any]]) -> dict[str, str]:
     shared: dict[str, list[str]] = {}
     for name, kind in classes.items():
         shared.setdefault(kind, []).append(re.sub(r"_r\d+$", "", name))
-    called = {kind: commonprefix(stems).rstrip("_") or kind.rpartition(".")[2] for kind, stems in shared.items()}
+    called = {kind: commonprefix(stems).rstrip("_") or kind.rpartition(".")[2] for kind, stems in shared.items()}  # noqa: RUF071
     return {name: called[kind] for name, kind in classes.items()}
 
 

@@ -150,16 +150,18 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
 def shard(model: Any, layers: Iterable[nn.Module], apart: set[nn.Parameter], device: torch.device) -> None:
     """FSDP2 in place: each of `layers`, and the rest, is a unit of which every rank holds 1/size; `apart` stay whole.
 
-    Zhao et al. 2023 (arXiv 2304.11277), as torch's fully_shard. Gradients are summed over the ranks, not averaged.
+    Within the model's `forward`, and its `ask` if it has one, its weights are whole. Gradients are summed over the
+    ranks, not averaged. Zhao et al. 2023 (arXiv 2304.11277), as torch's fully_shard.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     _MESHES.append(mesh)
     for module in (*layers, model):
         # the outermost unit too gives its weights back after a forward pass: between passes all weights are shards
         fully_shard(module, mesh=mesh, ignored_params=apart, reshard_after_forward=True)
+    register_fsdp_forward_method(model, "ask")
     for parameter in apart:
         parameter.data = parameter.data.to(device)
     for module in model.modules():

@@ -15,7 +15,7 @@ from cdpo.measure.gaussian_view import gaussian_view, histograms, summarise
 from cdpo.measure.objective import attained, objective
 from cdpo.measure.objective import means as mean_objective
 from cdpo.measure.pairs import add_pair_metrics, correct
-from cdpo.model.logps import Statistics, score_with_statistics
+from cdpo.model.logps import Statistics
 from cdpo.model.sampling import generations, sampled_kl
 from cdpo.system.metrics import Means
 from cdpo.training.run import Run
@@ -41,11 +41,11 @@ def evaluate(run: Run) -> Evaluation:
     scored, tables = run.held_out, _Tables()
     if not scored.items:
         return Evaluation({}, [], {})
-    run.policy.eval()
+    run.scorer.eval()
 
     def work(indices: tuple[int, ...]) -> Tensor:
         with torch.no_grad(), run.autocast():
-            sums, statistics = score_with_statistics(run.policy, scored.batch(indices))
+            sums, statistics = run.scorer(scored.batch(indices), statistics=True)
         return torch.stack([sums, *(one.double() for one in statistics)])
 
     portions = scored.portions(run.trainer.micro_batch)
@@ -106,9 +106,9 @@ def sample(run: Run) -> tuple[list[Item], Tensor] | None:
     if not trainer.samples or not scored.items:
         return None
     seed, items = run.plan.seed * 1_000_003 + run.state.step, []
-    for item in generations(run.policy, scored, trainer.samples, trainer.sample_tokens, seed):
+    for item in generations(run.scorer, scored, trainer.samples, trainer.sample_tokens, seed):
         items.append(item)
         run.session.pause()
     samples = Scored(items, scored.padded, scored.device)
     with run.autocast():
-        return items, sampled_kl(run.policy, run.change, samples, trainer.micro_batch)
+        return items, sampled_kl(run.scorer, run.change, samples, trainer.micro_batch)

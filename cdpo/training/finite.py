@@ -8,7 +8,6 @@ import torch
 
 from cdpo.errors import NumericsError
 from cdpo.losses.loss import check_finite
-from cdpo.model.logps import score
 from cdpo.system.files import write_json
 from cdpo.training.run import Run
 
@@ -37,7 +36,7 @@ def _check_log_probs(run: Run) -> None:
     for indices in run.plan.shares(run.state.step, run.ranks.size)[run.ranks.rank]:
         batch = run.train.batch(tuple(indices))
         with run.autocast():
-            check_finite(batch.logps(score(run.policy, batch)))
+            check_finite(batch.logps(run.scorer(batch)[0]))
 
 
 def check_weights(run: Run) -> None:

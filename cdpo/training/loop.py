@@ -18,7 +18,7 @@ from cdpo.data.packing import KEPT
 from cdpo.errors import Preempted
 from cdpo.losses.loss import per_unit, unit_weight
 from cdpo.measure.pairs import add_log_ratio, add_pair_metrics
-from cdpo.model.logps import Statistics, score, score_with_statistics
+from cdpo.model.logps import Statistics
 from cdpo.system import checkpoint
 from cdpo.system.metrics import Means
 from cdpo.system.ranks import whole
@@ -129,9 +129,7 @@ def accumulate(run: Run, first: bool, means: Means, sums: Tensor) -> None:
 def score_batch(run: Run, batch: Batch, first: bool = True) -> tuple[Tensor, Statistics | None]:
     """Log-probs [S], and statistics of the logits where this step will be logged."""
     with run.autocast():
-        if first and (run.state.step + 1) % run.trainer.log_every == 0:
-            return score_with_statistics(run.policy, batch)
-        return score(run.policy, batch), None
+        return run.scorer(batch, statistics=first and (run.state.step + 1) % run.trainer.log_every == 0)  # type: ignore[no-any-return]
 
 
 def measure(run: Run, means: Means, logps: Logps) -> None:

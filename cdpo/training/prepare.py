@@ -23,9 +23,9 @@ from cdpo.data.rows import Data, Ledger
 from cdpo.data.tokenise import tokenise
 from cdpo.errors import DataError
 from cdpo.losses.candidates import OnCandidates
-from cdpo.model.layers import decoder_layers, switched
+from cdpo.model.layers import decoder_layers, switch
 from cdpo.model.layout import layout_for
-from cdpo.model.logps import one_by_one
+from cdpo.model.logps import Scorer, one_by_one
 from cdpo.model.memory import explained, outline, room
 from cdpo.model.pretrained import check_lengths
 from cdpo.model.reference import ReferencePass, check_loaded, check_start
@@ -93,12 +93,13 @@ def prepare(session: Session) -> Ready:
     trainer = sized(session, tokenizer, data)
     policy = spec.model.load(tokenizer, data)
     with explained(spec.trainer.micro_batch):
-        policy, scored, source = (_sharded if ranks.sharded else _whole)(session, policy, sets)
+        scorer, scored, source = (_sharded if ranks.sharded else _whole)(session, policy, sets)
     if ranks.rank:
         seed_all((spec.draw + 7_919 * ranks.rank) % 2**31)  # dropout draws anew on every rank
+    switch(scorer.model, spec.trainer)
     run = Run(
         session=session,
-        policy=switched(policy, spec.trainer),
+        scorer=scorer,
         tokenizer=tokenizer,
         train=scored[0],
         held_out=scored[1],
@@ -184,18 +185,18 @@ def sized(session: Session, tokenizer: Any, data: Data) -> Trainer:
     return replace(spec.trainer, tokens_per_micro_batch=tokens)
 
 
-def _whole(session: Session, policy: Any, sets: Sets) -> tuple[Any, list[Scored], str]:
+def _whole(session: Session, policy: Any, sets: Sets) -> tuple[Scorer, list[Scored], str]:
     """The policy under its constraints, and the Items with what it said before any of them: the reference."""
-    policy = policy.to(session.device)
-    scored, source = _scored(session, policy, sets)
-    policy = constrained(policy, session.spec)
+    scorer = Scorer(policy.to(session.device))
+    scored, source = _scored(session, scorer, sets)
+    scorer.model = constrained(scorer.model, session.spec)
     with torch.no_grad(), session.autocast():
-        difference = check_start(policy, scored[0])
+        difference = check_start(scorer, scored[0])
     log.info("step 0: policy equals reference (largest difference %.1e nats)", difference)
-    return policy, scored, source
+    return scorer, scored, source
 
 
-def _sharded(session: Session, policy: Any, sets: Sets) -> tuple[Any, list[Scored], str]:
+def _sharded(session: Session, policy: Any, sets: Sets) -> tuple[Scorer, list[Scored], str]:
     """The same on shards: no rank need hold the whole model on its device, so the reference is asked when sharded.
 
     The constraints stand by then, so the log-probs of one Item must equal those of the model as it was loaded.
@@ -204,13 +205,13 @@ def _sharded(session: Session, policy: Any, sets: Sets) -> tuple[Any, list[Score
     witness = min(sets.train, key=lambda item: item.tokens)
     with torch.no_grad():
         before = one_by_one(policy, [witness])
-    policy = constrained(policy, session.spec)
-    adapters = {p for name, p in policy.named_parameters() if "lora_" in name}  # small: whole on every rank, as in ddp
-    shard(policy, decoder_layers(policy, "trainer.distributed=fsdp needs; use ddp"), adapters, session.device)
-    scored, source = _scored(session, policy, sets)
+    scorer = Scorer(constrained(policy, session.spec))
+    adapters = {p for name, p in scorer.named_parameters() if "lora_" in name}  # small: whole on every rank, as in ddp
+    shard(scorer, decoder_layers(scorer, "trainer.distributed=fsdp needs; use ddp"), adapters, session.device)
+    scored, source = _scored(session, scorer, sets)
     with session.autocast():
-        check_loaded(policy, witness, before, scored[0])
-    return policy, scored, source
+        check_loaded(scorer, witness, before, scored[0])
+    return scorer, scored, source
 
 
 def constrained(policy: Any, spec: Config) -> Any:
@@ -221,15 +222,15 @@ def constrained(policy: Any, spec: Config) -> Any:
     return policy
 
 
-def _scored(session: Session, policy: Any, sets: Sets) -> tuple[list[Scored], str]:
+def _scored(session: Session, scorer: Scorer, sets: Sets) -> tuple[list[Scored], str]:
     """The Items to train on and to hold out with the log-probs of the reference, and where these are from.
 
     What this loss has no use for is scored too: so every loss asks for the same Items, and finds what others computed.
     """
     spec, began = session.spec, time.monotonic()
     items = sets.train + sets.held_out + sets.unused
-    check_lengths(policy, sets.longest())
-    whole = Scored(items, _padded(session, policy, sets), session.device)
+    check_lengths(scorer.model, sets.longest())
+    whole = Scored(items, _padded(session, scorer, sets), session.device)
     with Progress(len(items), 0, "reference", quiet=not session.ranks.first) as bar, session.autocast():
 
         def tell(done: int) -> None:
@@ -238,19 +239,19 @@ def _scored(session: Session, policy: Any, sets: Sets) -> tuple[list[Scored], st
 
         # with the config's micro-batches: the reference is one for all constraints, however much room they leave
         own, shared = session.directory.reference, session.cache("reference")
-        source = ReferencePass(spec.trainer.micro_batch, own, shared, session.ranks, tell).fill(policy, whole)
+        source = ReferencePass(spec.trainer.micro_batch, own, shared, session.ranks, tell).fill(scorer, whole)
     log.info("reference: %s (%d Items, %.1f s)", source, len(items), time.monotonic() - began)
     n, m = len(sets.train), len(sets.train) + len(sets.held_out)
     parts = ((sets.train, whole.reference[:n]), (sets.held_out, whole.reference[n:m]))
     return [Scored(some, whole.padded, session.device, reference) for some, reference in parts], source
 
 
-def _padded(session: Session, policy: Any, sets: Sets) -> bool:
-    """Whether the policy is given padded rows; the log says why."""
-    padded, reason = layout_for(policy, sets.train, getattr(session.spec.model, "attention", "trees"))
+def _padded(session: Session, scorer: Scorer, sets: Sets) -> bool:
+    """Whether the model is given padded rows; the log says why."""
+    padded, reason = layout_for(scorer, sets.train, getattr(session.spec.model, "attention", "trees"))
     noisy = any(isinstance(constraint, Dropout) for constraint in session.spec.constraint.values())
     if noisy and not padded and session.device.type == "cuda":
         padded, reason = True, "dropout, which packed attention on CUDA does not have"
-        policy.set_attn_implementation("sdpa")
+        scorer.model.set_attn_implementation("sdpa")
     log.info("layout: %s", f"padded rows ({reason})" if padded else "packed prompt trees")
     return padded

@@ -16,6 +16,7 @@ from cdpo.data.packing import Plan, Scored
 from cdpo.errors import ConfigError
 from cdpo.losses.loss import reward_scale
 from cdpo.model.change import Change
+from cdpo.model.logps import Scorer
 from cdpo.optim import Schedule
 from cdpo.system import checkpoint
 from cdpo.system.ranks import like, whole_tree
@@ -48,7 +49,7 @@ class Run:
     """One training run: a policy that starts as the reference, what it learns from, and what holds it back."""
 
     session: Session
-    policy: Any  # wrapped by the constraints already
+    scorer: Scorer  # of the policy, wrapped by the constraints already
     tokenizer: Any
     train: Scored
     held_out: Scored
@@ -57,6 +58,7 @@ class Run:
 
     def __post_init__(self) -> None:
         spec, items = self.session.spec, self.train.items
+        self.policy: Any = self.scorer.model
         self.loss, self.optimizer = spec.loss, spec.optimizer
         self.constraints: dict[str, Constraint] = spec.constraint
         self.ranks, self.device, self.directory = self.session.ranks, self.session.device, self.session.directory

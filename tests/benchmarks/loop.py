@@ -43,6 +43,7 @@ def measure(options: list[str], steps: int, log_every: int) -> dict[str, float]:
     import torch
     from composing import composed, train
 
+    from cdpo.model.logps import Scorer
     from cdpo.training import loop
     from cdpo.training.journal import Journal
 
@@ -51,8 +52,8 @@ def measure(options: list[str], steps: int, log_every: int) -> dict[str, float]:
     settings = [f"trainer.max_steps={steps}", f"trainer.log_every={log_every}", "logger=none", "trainer.threads=1"]
     settings += [f"trainer.{name}={10 * steps}" for name in ("eval_every", "checkpoint_every")]
     wrapped = [(whole, loop, "take_step"), (whole, Journal, "step"), (gradient, loop, "gradient")]
-    wrapped += [(inner, loop, name) for name in ("score", "score_with_statistics", "per_unit")]
-    wrapped += [(inner, torch.Tensor, "backward"), (stepping, optimizer, "step")]
+    wrapped += [(inner, Scorer, "forward"), (inner, loop, "per_unit"), (inner, torch.Tensor, "backward")]
+    wrapped += [(stepping, optimizer, "step")]
     kept = [(place, name, getattr(place, name)) for _, place, name in wrapped]
     for clock, place, name in wrapped:
         setattr(place, name, clock.around(getattr(place, name)))

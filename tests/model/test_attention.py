@@ -6,13 +6,12 @@ from random import Random
 
 import pytest
 import torch
-from architectures import ITEMS, architectures, close, plain
+from architectures import ITEMS, architectures, close, plain, score
 from torch.nn.attention.flex_attention import flex_attention
 
 from cdpo.batch import Item
 from cdpo.data.packing import pack
 from cdpo.model import attention
-from cdpo.model.logps import score
 
 
 @architectures

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from architectures import BYTES, CONFIGS, ITEMS, NO_DATA, PROBE, SMALL, architectures, load, weights
+from architectures import BYTES, CONFIGS, ITEMS, NO_DATA, PROBE, SMALL, architectures, load, score, weights
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -14,7 +14,6 @@ from cdpo.constraints.lora import LoRA
 from cdpo.data.packing import pack
 from cdpo.model import attention
 from cdpo.model.export import export
-from cdpo.model.logps import score
 
 
 def trained(policy):

@@ -8,15 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from architectures import ITEMS, SHAPE, build, gradients, load, plain
+from architectures import ITEMS, SHAPE, build, gradients, load, plain, score
 from torch import nn
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM
 
 from cdpo.data.packing import pack
 from cdpo.model import head
-from cdpo.model.head import Shape, left_out, linear_head, shape_of, token_logps
-from cdpo.model.layout import layout_for
-from cdpo.model.logps import one_by_one, score, score_with_statistics
+from cdpo.model.head import LeanHead, Shape
+from cdpo.model.layout import layout_for, shape_of
+from cdpo.model.logps import Scorer, linear_head, one_by_one
 
 M, WIDTH, V = 7, 5, 23
 ROW = torch.tensor([0, 1, 2, 0, 3, 4, 0, 5, 6, 6])  # three responses start at position 0
@@ -60,7 +60,7 @@ def test_it_is_the_plain_head(shape, chunk, dtype, bias, frozen, statistics, mon
     monkeypatch.setattr(head, "CHUNK", SLICES[chunk])
     hidden, linear, weight = parts(dtype, bias, frozen)
     expected = by_autograd(hidden, linear, SHAPES[shape])
-    found = token_logps(hidden, linear, ROW, TARGET, SHAPES[shape], statistics)
+    found = LeanHead(linear, SHAPES[shape]).logps(hidden, ROW, TARGET, statistics)
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
     pairs = list(zip(found, expected))[: 3 if statistics else 1]
     pairs += zip(backward(found[0], weight, hidden, linear), backward(expected[0], weight, hidden, linear))
@@ -81,7 +81,7 @@ def test_gradcheck(shape, chunk, frozen, monkeypatch):
         own = nn.Linear(WIDTH, V, dtype=torch.float64)
         del own.weight, own.bias
         own.weight, own.bias = weight, bias
-        return token_logps(hidden, own, ROW, TARGET, SHAPES[shape]).logp
+        return LeanHead(own, SHAPES[shape]).logps(hidden, ROW, TARGET).logp
 
     leaves = (hidden, linear.weight.detach(), linear.bias.detach())
     for leaf in leaves[1:]:
@@ -94,7 +94,7 @@ def test_huge_and_impossible_logits_stay_finite():
     with torch.no_grad():
         linear.bias[5:8] = -math.inf
         linear.bias[2] = 1e4
-    found = token_logps(hidden, linear, ROW, TARGET, statistics=True)
+    found = LeanHead(linear).logps(hidden, ROW, TARGET, statistics=True)
     expected = linear(hidden).log_softmax(-1)
     torch.testing.assert_close(found.logp, expected[ROW, TARGET])
     entropy = torch.special.entr(expected.exp()).sum(-1)
@@ -130,14 +130,14 @@ def test_no_more_than_a_slice_of_logits_is_alive(trained, monkeypatch):
     linear = nn.Linear(width, vocabulary, bias=False, dtype=torch.float64).requires_grad_(trained)
     row = torch.arange(positions)
     with Held():
-        token_logps(hidden, linear, row, row, statistics=True).logp.sum().backward()
+        LeanHead(linear).logps(hidden, row, row, statistics=True).logp.sum().backward()
     assert slice_ < peaks[-1] < 3 * slice_ + 3 * gradient < 8 * positions * vocabulary
 
 
 def test_bfloat16_weights_lose_no_more_than_their_logits_do():
     hidden, linear, weight = parts(torch.bfloat16)
     exact = linear(hidden).float().double().log_softmax(-1)[ROW, TARGET]
-    found = token_logps(hidden, linear, ROW, TARGET)
+    found = LeanHead(linear).logps(hidden, ROW, TARGET)
     assert found.logp.dtype == torch.float32
     torch.testing.assert_close(found.logp.double(), exact, atol=1e-5, rtol=1e-5)
     for own, its in zip(backward(found.logp, weight, hidden, linear), backward(exact, weight, hidden, linear)):
@@ -148,7 +148,7 @@ def test_autocast_is_honoured():
     hidden, linear, weight = parts(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         exact = linear(hidden).double().log_softmax(-1)[ROW, TARGET]
-        found = token_logps(hidden, linear, ROW, TARGET)
+        found = LeanHead(linear).logps(hidden, ROW, TARGET)
     torch.testing.assert_close(found.logp.double(), exact, atol=1e-5, rtol=1e-5)
     gradient = backward(found.logp, weight, hidden, linear)
     assert [g.dtype for g in gradient] == [torch.float32, torch.float32]
@@ -170,12 +170,14 @@ MODELS = {
 def test_what_a_model_does_to_its_logits_is_found_out(name):
     config, shape = MODELS[name]
     model, items = build(config), ITEMS["uneven"]
-    found = score(model, pack(items, padded=True))
-    assert head._SHAPES[model.lm_head] == shape
+    scorer = Scorer(model)
+    layout_for(scorer, items, "rows")
+    assert scorer.shape == shape
+    found = score(model, pack(items, padded=True), shape)
     expected = plain(model, items)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     its = gradients(model, expected)
-    for key, own in gradients(model, score(model, pack(items, padded=True))).items():
+    for key, own in gradients(model, score(model, pack(items, padded=True), shape)).items():
         torch.testing.assert_close(own, its[key], rtol=1e-4, atol=1e-5)
 
 
@@ -198,8 +200,8 @@ class Odd(nn.Module):
 def test_an_unknown_treatment_of_logits_is_left_to_the_model(folders):
     model, batch = Odd(), pack(ITEMS["uneven"])
     batch.target.clamp_(max=8)
-    found, statistics = score_with_statistics(model, batch)
-    assert head._SHAPES[model.lm_head] is None
+    assert shape_of(model, batch) is None
+    found, statistics = Scorer(model)(batch, statistics=True)
     logp = model(batch.input_ids, batch.predict_at).logits[0].log_softmax(-1)[batch.row, batch.target]
     expected = [part.sum() for part in logp.split(batch.length.tolist())]
     torch.testing.assert_close(found, torch.stack(expected))
@@ -231,8 +233,10 @@ def test_what_probes_do_not_show_numbers_do(kind, wanted):
     model = kind(LlamaConfig(**SHAPE)).eval()
     items = [replace(item, responses=[[t % 20 for t in r] for r in item.responses]) for item in ITEMS["uneven"]]
     expected = one_by_one(model, items)
-    padded, _ = layout_for(model, items, wanted)
-    torch.testing.assert_close(score(model, pack(items, padded=padded)), expected, rtol=0, atol=1e-4)
+    scorer = Scorer(model)
+    padded, _ = layout_for(scorer, items, wanted)
+    assert scorer.shape is None
+    torch.testing.assert_close(scorer(pack(items, padded=padded))[0], expected, rtol=0, atol=1e-4)
 
 
 def test_adapted_hooked_and_compiled_heads_are_left_alone(folders):
@@ -248,10 +252,8 @@ def test_adapted_hooked_and_compiled_heads_are_left_alone(folders):
 def test_the_head_comes_back(folders):
     model = load(folders["llama"], packed=False)
     before = model.lm_head.forward
-    with pytest.raises(ZeroDivisionError), left_out(model.lm_head):
-        _ = 1 / 0
+    assert shape_of(model, pack(ITEMS["even"], padded=True)) == Shape()
     assert model.lm_head.forward == before
-    with left_out(model.lm_head) as hidden:
-        probed = model(input_ids=torch.tensor([[3, 4]])).logits
-    assert [h.shape for h in hidden] == [(1, 2, 16)]
-    assert shape_of(model, model.lm_head, probed) == Shape()
+    model.model.norm.register_forward_hook(lambda *_: 1 / 0)
+    assert shape_of(model, pack(ITEMS["even"], padded=True)) is None
+    assert model.lm_head.forward == before

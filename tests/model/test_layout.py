@@ -18,7 +18,7 @@ from transformers import (
 from cdpo.data.packing import pack
 from cdpo.model import attention
 from cdpo.model.layout import layout_for
-from cdpo.model.logps import score
+from cdpo.model.logps import Scorer
 
 WINDOWED = {**SHAPE, "num_key_value_heads": 1, "sliding_window": 4}
 OTHERS = {  # none of these can attend over packed trees
@@ -43,7 +43,7 @@ OTHERS = {  # none of these can attend over packed trees
 def test_known_architectures_take_packed_trees(folders, name):
     for dtype in ("float32", "bfloat16", "float64"):
         model = load(folders[name], dtype, packed=False)
-        assert layout_for(model, ITEMS["uneven"], "trees") == (False, "")
+        assert layout_for(Scorer(model), ITEMS["uneven"], "trees") == (False, "")
         assert model.config._attn_implementation == attention.NAME
 
 
@@ -52,34 +52,34 @@ def test_known_architectures_take_packed_trees(folders, name):
 def test_other_architectures_fall_back_with_a_reason(name, kind):
     """One-token responses encode no branch, so nothing of a sibling is there to be seen: they alone prove nothing."""
     items = ITEMS["uneven"] if kind == "uneven" else make_items((2, [1, 1]), (5, [4, 6]))
-    model = build(OTHERS[name])
+    scorer = Scorer(model := build(OTHERS[name]))
     before = model.config._attn_implementation
     with torch.no_grad():
         expected = plain(model, items)
-        padded, reason = layout_for(model, items, "trees")
+        padded, reason = layout_for(scorer, items, "trees")
         assert padded
         assert reason
         assert model.config._attn_implementation == before
-        close(score(model, pack(items, padded=True)), expected, name, "float32")
+        close(scorer(pack(items, padded=True))[0], expected, name, "float32")
 
 
 def test_a_chosen_attention_pads(folders):
     model = load(folders["llama"], packed=False)
-    assert layout_for(model, ITEMS["even"], "sdpa") == (True, "model.attention=sdpa")
+    assert layout_for(Scorer(model), ITEMS["even"], "sdpa") == (True, "model.attention=sdpa")
     assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("error", [NotImplementedError(), KeyError("x"), IndexError("no such row\nat all")])
 def test_an_architecture_that_chokes_falls_back(folders, error, monkeypatch):
-    model = load(folders["llama"], packed=False)
+    model, forward = load(folders["llama"], packed=False), Scorer.forward
 
-    def choke(model, batch):
+    def choke(scorer, batch):
         if batch.attention_mask is None:
             raise error
-        return score(model, batch)
+        return forward(scorer, batch)
 
-    monkeypatch.setattr("cdpo.model.layout.score", choke)
-    padded, reason = layout_for(model, ITEMS["even"], "trees")
+    monkeypatch.setattr(Scorer, "forward", choke)
+    padded, reason = layout_for(Scorer(model), ITEMS["even"], "trees")
     assert padded
     assert reason in ("NotImplementedError", "'x'", "no such row")
     assert model.config._attn_implementation == "sdpa"

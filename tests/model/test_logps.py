@@ -17,16 +17,18 @@ from architectures import (
     architectures,
     close,
     gradients,
+    lean,
     load,
     make_items,
     plain,
     plain_logits,
+    score,
 )
 
 from cdpo.batch import Item
 from cdpo.constraints.lora import LoRA
 from cdpo.data.packing import pack
-from cdpo.model.logps import one_by_one, score, score_with_statistics
+from cdpo.model.logps import Scorer, one_by_one
 
 
 @architectures
@@ -124,7 +126,7 @@ def test_statistics_are_their_formulas(models, layout):
     items = ITEMS["uneven"]
     with torch.no_grad():
         model = packed if layout == "trees" else other
-        found, statistics = score_with_statistics(model, pack(items, padded=layout == "rows"))
+        found, statistics = lean(model)(pack(items, padded=layout == "rows"), statistics=True)
         torch.testing.assert_close(found, score(model, pack(items, padded=layout == "rows")), rtol=0, atol=0)
         entropy, logit = [], []
         for item in items:
@@ -159,7 +161,7 @@ def test_bfloat16_logits_lose_nothing_more():
     exact = (z[np.arange(n - 1), np.arange(n - 1) % vocabulary] - np.log(np.exp(z).sum(1))).sum()
     item = Item([0], [[i % vocabulary for i in range(n - 1)], [1]], [])
     model = Given(logits)
-    found, statistics = score_with_statistics(model, pack([item]))
+    found, statistics = Scorer(model)(pack([item]), statistics=True)
     assert abs(found.tolist()[0] - exact) < 1e-3
     naive = logits[: n - 1].log_softmax(-1).gather(1, torch.tensor(item.responses[0])[:, None]).sum()
     assert abs(float(naive) - exact) > 1
@@ -174,7 +176,7 @@ def test_impossible_tokens_leave_finite_numbers():
     logits = torch.tensor([[0.0, 1.0, -math.inf], [2.0, -math.inf, 0.5]])
     model = Given(logits)
     item = Item([0], [[1, 0], [2]], [])
-    found, statistics = score_with_statistics(model, pack([item]))
+    found, statistics = Scorer(model)(pack([item]), statistics=True)
     first, second = 1 - math.log(1 + math.e), 2 - math.log(math.exp(2) + math.exp(0.5))
     assert found.tolist() == [pytest.approx(first + second), -math.inf]
     p, q = 1 / (1 + math.e), 1 / (1 + math.exp(1.5))

@@ -31,7 +31,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from peft import LoraConfig, get_peft_model
 from cdpo.model import attention
 from cdpo.batch import Item
-from cdpo.model.logps import score
+from cdpo.model.head import Shape
+from cdpo.model.logps import Scorer
 from cdpo.model.memory import per_token
 from cdpo.data.packing import pack
 
@@ -61,10 +62,11 @@ def switched(model, extra):
 
 def taken(extra):
     model = switched(AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME), extra)
-    score(model, pack(items[:2]))  # what is made once
+    scorer = Scorer(model, Shape())
+    scorer(pack(items[:2]))  # what is made once
     batch = pack(items)
     before = mallinfo()
-    kept = score(model, batch)
+    kept = scorer(batch)[0]
     after = mallinfo()
     return (after.uordblks + after.hblkhd - before.uordblks - before.hblkhd) / batch.tokens
 

@@ -6,17 +6,16 @@ import copy
 
 import pytest
 import torch
-from architectures import CONFIGS, ITEMS, NO_DATA, architectures, build, load, make_items, plain
+from architectures import CONFIGS, ITEMS, NO_DATA, architectures, build, lean, load, make_items, plain
 
 from cdpo.batch import Item
 from cdpo.constraints.dropout import Dropout
 from cdpo.constraints.lora import LoRA
 from cdpo.data.packing import Scored
 from cdpo.errors import ConfigError, NumericsError
-from cdpo.model import reference
 from cdpo.model.change import Change
 from cdpo.model.layout import layout_for
-from cdpo.model.logps import score
+from cdpo.model.logps import Scorer
 from cdpo.model.reference import ReferencePass, check_start
 from cdpo.model.tiny import Tiny
 
@@ -32,13 +31,13 @@ def flat(found):
     return torch.cat(found.reference)
 
 
-def unusable(batch):
+def unusable(*_):
     raise AssertionError("the reference was computed although the cache holds it")
 
 
 @pytest.fixture(scope="module")
 def llama(folders):
-    return load(folders["llama"], "float32")
+    return lean(load(folders["llama"], "float32"))
 
 
 @pytest.mark.parametrize("budget", [1, 20, 10_000])
@@ -55,7 +54,7 @@ def test_the_reference_is_the_plain_forward_whatever_the_budget(folders, llama, 
         assert batch.reference.tolist() == [x for i in indices for x in found.reference[i].tolist()]
     with torch.no_grad():
         batch = found.batch(tuple(range(len(ALL))))
-        everything = batch.logps(score(llama, batch))
+        everything = batch.logps(llama(batch)[0])
     assert everything.log_ratio().abs().max() < 1e-4
 
 
@@ -64,7 +63,7 @@ def test_training_mode_does_not_reach_the_reference(llama, tmp_path):
     expected, found = scored(), scored()
     ReferencePass(100, tmp_path / "a").fill(llama, expected)
     model = copy.deepcopy(llama)
-    Dropout(p=0.5).begin(model, Change(model))
+    Dropout(p=0.5).begin(model.model, Change(model.model))
     ReferencePass(100, tmp_path / "b").fill(model.train(), found)
     assert torch.equal(flat(found), flat(expected))
 
@@ -72,7 +71,7 @@ def test_training_mode_does_not_reach_the_reference(llama, tmp_path):
 def test_a_cache_is_read_back_bit_for_bit(llama, tmp_path, monkeypatch):
     first, second = scored(), scored()
     ReferencePass(100, tmp_path / "r.safetensors").fill(llama, first)
-    monkeypatch.setattr(reference, "score", lambda model, batch: unusable(batch))
+    monkeypatch.setattr(Scorer, "forward", unusable)
     ReferencePass(100, tmp_path / "r.safetensors").fill(llama, second)
     assert torch.equal(flat(first), flat(second))
     assert flat(second).dtype == torch.float64
@@ -98,7 +97,7 @@ def test_a_damaged_cache_is_computed_anew(llama, tmp_path, caplog, monkeypatch, 
     ReferencePass(100, path).fill(llama, second)
     assert torch.equal(flat(first), flat(second))
     assert "damaged" in caplog.text
-    monkeypatch.setattr(reference, "score", lambda model, batch: unusable(batch))
+    monkeypatch.setattr(Scorer, "forward", unusable)
     ReferencePass(100, path).fill(llama, third)  # and it is sound again
     assert torch.equal(flat(first), flat(third))
 
@@ -126,11 +125,11 @@ def test_a_cache_of_another_dtype_or_layout_is_computed_anew(folders, llama, tmp
     path = tmp_path / "r.safetensors"
     kept, double, rows = scored(), scored(), scored(padded=True)
     ReferencePass(100, path).fill(llama, kept)
-    ReferencePass(100, path).fill(load(folders["llama"], "float64"), double)
+    ReferencePass(100, path).fill(lean(load(folders["llama"], "float64")), double)
     assert not torch.equal(flat(kept), flat(double))
     plain_model = load(folders["llama"], "float64", packed=False)
     calls = []
-    ReferencePass(100, path, tell=calls.append).fill(plain_model, rows)
+    ReferencePass(100, path, tell=calls.append).fill(lean(plain_model), rows)
     assert calls  # a cache hit has no batches
 
 
@@ -153,13 +152,13 @@ def test_numbers_that_are_none_name_their_rows(folders, tmp_path, bad):
     items[1].prompt[0] = odd
     model.model.embed_tokens.weight.data[odd] = bad
     with pytest.raises(NumericsError, match=r"to data\.jsonl:2$"):
-        ReferencePass(10_000, tmp_path / "r.safetensors").fill(model, scored(items))
+        ReferencePass(10_000, tmp_path / "r.safetensors").fill(lean(model), scored(items))
     assert not list(tmp_path.iterdir())
 
 
 def started(model, tmp_path, items=ALL):
     found = scored(items)
-    ReferencePass(30, tmp_path / "r.safetensors").fill(model, found)
+    ReferencePass(30, tmp_path / "r.safetensors").fill(model if isinstance(model, Scorer) else lean(model), found)
     return found
 
 
@@ -182,7 +181,7 @@ def test_policies_start_at_their_reference(folders, tmp_path, name, dtype, kind)
     for constraint in copy.deepcopy(CONSTRAINTS[kind]):
         policy = constraint.wrap(policy)
         constraint.begin(policy, Change(policy))
-    assert check_start(policy.train(), found) < {"float64": 1e-6, "float32": 1e-3, "bfloat16": 3}[dtype]
+    assert check_start(lean(policy).train(), found) < {"float64": 1e-6, "float32": 1e-3, "bfloat16": 3}[dtype]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
@@ -192,7 +191,7 @@ def test_another_base_model_is_found_out(folders, tmp_path, dtype):
     other = build(CONFIGS["llama"], getattr(torch, dtype), seed=1)
     other.set_attn_implementation("cdpo_trees")
     with pytest.raises(ConfigError, match=r"at step 0 .* data\.jsonl:\d+ scores -.* instead of -.* was the base model"):
-        check_start(other, found)
+        check_start(lean(other), found)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -204,19 +203,19 @@ def test_small_changes_are_found_out(folders, tmp_path, dtype):
         for parameter in policy.parameters():
             parameter *= 1.001
     with pytest.raises(ConfigError, match="at step 0"):
-        check_start(policy, found)
+        check_start(lean(policy), found)
 
 
 def test_an_adapter_that_does_not_start_at_zero_is_found_out(folders, tmp_path):
     policy = load(folders["llama"], "float32")
     found = started(policy, tmp_path)
     policy = LoRA(rank=2).wrap(policy)
-    check_start(policy, found)
+    check_start(lean(policy), found)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     with pytest.raises(ConfigError, match="at step 0"):
-        check_start(policy, found)
+        check_start(lean(policy), found)
 
 
 def test_a_policy_of_nan_does_not_start(folders, tmp_path):
@@ -224,7 +223,7 @@ def test_a_policy_of_nan_does_not_start(folders, tmp_path):
     found = started(policy, tmp_path)
     policy.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(ConfigError, match="scores nan"):
-        check_start(policy, found)
+        check_start(lean(policy), found)
 
 
 @pytest.mark.parametrize(
@@ -237,19 +236,19 @@ def test_roundings_pass_and_more_does_not(folders, tmp_path, monkeypatch, dtype,
     Float64 keeps 1e-7 because norms compute in float32 whatever the dtype is.
     """
     policy = load(folders["llama"], dtype)
-    off = 0.0
+    off, forward = 0.0, Scorer.forward
 
-    def moved(model, batch):
-        return score(model, batch) + off * batch.length.sqrt() * (-1.0) ** batch.length
+    def moved(scorer, batch):
+        return forward(scorer, batch)[0] + off * batch.length.sqrt() * (-1.0) ** batch.length, None
 
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         found = started(policy, tmp_path)
-        monkeypatch.setattr(reference, "score", moved)
+        monkeypatch.setattr(Scorer, "forward", moved)
         off = rounding
-        assert rounding < check_start(policy, found) < 10 * rounding
+        assert rounding < check_start(lean(policy), found) < 10 * rounding
         off = 30 * rounding
         with pytest.raises(ConfigError, match="at step 0"):
-            check_start(policy, found)
+            check_start(lean(policy), found)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -257,14 +256,14 @@ def test_autocast_rounds_more(tmp_path, seed):
     """Weights in float32, products in bfloat16, other micro-batches than the reference's: no false alarm."""
     policy = Tiny(hidden_size=32, init_seed=seed, heads=2).load(Tiny().tokenizer(NO_DATA), NO_DATA)
     items = make_items(*((40 + i, [30, 17 + i]) for i in range(6)), seed=seed)
-    assert layout_for(policy, items, "trees") == (False, "")
+    assert layout_for(lean(policy), items, "trees") == (False, "")
     with torch.autocast("cpu", torch.bfloat16):
         found = started(policy, tmp_path, items)
-        assert check_start(policy, found) < 1
+        assert check_start(lean(policy), found) < 1
         other = Tiny(hidden_size=32, init_seed=seed + 99, heads=2).load(Tiny().tokenizer(NO_DATA), NO_DATA)
         other.set_attn_implementation("cdpo_trees")
         with pytest.raises(ConfigError, match="at step 0"):
-            check_start(other, found)
+            check_start(lean(other), found)
 
 
 def test_batches_are_made_once(llama, tmp_path):

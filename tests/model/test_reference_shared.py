@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from architectures import CONFIGS, ITEMS, build, load, plain, save
+from architectures import CONFIGS, ITEMS, build, lean, load, plain, save
 from run_files import key_of
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -31,7 +31,7 @@ def llama(folders):
 def fill(model, tmp_path, name, items=ALL, budget=30):
     """Where the reference was from, and what it is."""
     scored = Scored(list(items), False, CPU)
-    source = ReferencePass(budget, tmp_path / name / "own", tmp_path / "cache").fill(model, scored)
+    source = ReferencePass(budget, tmp_path / name / "own", tmp_path / "cache").fill(lean(model), scored)
     return source, torch.cat(scored.reference)
 
 
@@ -98,7 +98,7 @@ def test_what_numbers_depend_on_is_in_the_key(folders, tmp_path, change):
     with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
         scored = Scored(list(items), change == "layout", CPU)
         own = tmp_path / "b" / "own"
-        assert ReferencePass(budget, own, tmp_path / "cache").fill(model, scored) == "computed"
+        assert ReferencePass(budget, own, tmp_path / "cache").fill(lean(model), scored) == "computed"
 
 
 def test_where_a_model_lies_and_how_often_it_is_loaded_are_not(tmp_path):
@@ -119,9 +119,9 @@ def test_a_base_that_changed_before_a_resume_is_still_refused(folders, llama, tm
     with torch.no_grad():
         other.lm_head.weight.mul_(1.1)
     scored = Scored(items, False, CPU)
-    assert ReferencePass(30, tmp_path / "a" / "own", tmp_path / "cache").fill(other, scored) == "run directory"
+    assert ReferencePass(30, tmp_path / "a" / "own", tmp_path / "cache").fill(lean(other), scored) == "run directory"
     with pytest.raises(ConfigError, match="was the base model changed"):
-        reference.check_start(other, scored)
+        reference.check_start(lean(other), scored)
 
 
 # ------------------------------------------------------------------------------------------------------- bad files

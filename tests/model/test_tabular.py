@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from architectures import score
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -22,7 +23,7 @@ from cdpo.model import attention
 from cdpo.model.change import Change
 from cdpo.model.export import export
 from cdpo.model.layout import layout_for
-from cdpo.model.logps import one_by_one, score
+from cdpo.model.logps import Scorer, one_by_one
 from cdpo.model.sampling import generations, sampled_kl
 from cdpo.model.tabular import Tabular, TabularForCausalLM
 
@@ -69,7 +70,7 @@ def test_longer_responses_are_chains(padded):
 
 def test_it_takes_packed_trees():
     _, _, model, items = bandit(alphabet=3, length=3)
-    assert layout_for(model, items, "trees") == (False, "")
+    assert layout_for(Scorer(model), items, "trees") == (False, "")
     assert model.config._attn_implementation == attention.NAME
 
 
@@ -157,8 +158,7 @@ def test_samples_have_the_policys_frequencies():
 
 def test_samples_are_written_as_text():
     data, tokenizer, model, items = bandit()
-    layout_for(model, items, "trees")
-    found = list(generations(model, Scored(items, False, torch.device("cpu")), 3, 2, 0))
+    found = list(generations(Scorer(model), Scored(items, False, torch.device("cpu")), 3, 2, 0))
     assert [item.prompt for item in found] == [item.prompt for item in items[:3]]
     assert all(len(item.responses[0]) == 2 for item in found)
     assert all(set(tokenizer.decode(item.responses[0]).split()) <= set(data.symbols) for item in found)
@@ -168,7 +168,6 @@ def test_samples_are_written_as_text():
 def test_the_sampled_kl_agrees_with_the_exact_one(adapted):
     """Three letters, each given the one before: the exact KL by the chain rule, in NumPy."""
     _, _, model, items = bandit()
-    layout_for(model, items, "trees")
     model = LoRA(rank=2).wrap(model) if adapted else model
     change = Change(model)
     start = np.array(model.get_input_embeddings().weight.detach())
@@ -186,9 +185,9 @@ def test_the_sampled_kl_agrees_with_the_exact_one(adapted):
         exact += state @ step
         state = np.append(state @ pi, np.zeros(len(pi) - pi.shape[1]))
     prompts = Scored([items[0]] * 1500, False, torch.device("cpu"))
-    samples = Scored(list(generations(model, prompts, 1500, 3, 0)), False, torch.device("cpu"))
+    samples = Scored(list(generations(Scorer(model), prompts, 1500, 3, 0)), False, torch.device("cpu"))
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    ratio = sampled_kl(model, change, samples, 200)
+    ratio = sampled_kl(Scorer(model), change, samples, 200)
     assert abs(float(ratio.mean()) - exact) < 4 * float(ratio.std()) / 1500**0.5
     assert float(ratio.std()) / 1500**0.5 < 0.1 * exact
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
