@@ -1,6 +1,9 @@
 """The shared vocabulary: a prompt with its responses (Item), many of them packed (Batch), and their log-probs (Logps).
 
 Holds data only. Every other module imports from here; this one imports nothing of cdpo.
+
+Sizes, here and everywhere: R rows of T tokens; I Items (prompts) with K responses each, S responses in all, N tokens of
+responses, predicted at M positions; P pairs.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ class Item:
     pairs: list[Pair]  # indices into responses
     rewards: list[float] | None = None  # [K] true rewards, where the data set knows them
     source: str = ""  # where it came from, "data.jsonl:4", for messages
-    fitted: list[float] | None = None  # [K] rewards fitted to the pairs, for a loss that asks for them
+    fitted_rewards: list[float] | None = None  # [K] rewards fitted to the pairs, for a loss that asks for them
 
     @property
     def tokens(self) -> int:
@@ -54,13 +57,13 @@ class Batch:
     tree: Tensor  # [R, T]; index of the Item within the batch
     branch: Tensor  # [R, T]; 0 = prompt, k + 1 = response k
     predict_at: Tensor  # [M]; flat positions whose outputs predict response tokens, each once
-    row: Tensor  # [N]; for every response token, response after response, the index into predict_at that predicts it
+    position: Tensor  # [N]; for every response token, response after response: where in predict_at it is predicted
     target: Tensor  # [N]; that token
     length: Tensor  # [S]; tokens of each response, so N = length.sum()
     reference: Tensor  # [S]; summed reference log-probs, nats
     item: Tensor  # [S]; index of the Item within the batch
     rewards: Tensor | None  # [S]
-    fitted: Tensor | None  # [S]
+    fitted_rewards: Tensor | None  # [S]
     pairs: Tensor  # [P, 2]; winner and loser, as indices of responses
     preference: Tensor  # [P]
     weight: Tensor  # [P]
@@ -85,8 +88,13 @@ class Batch:
 
         `state` is what else a loss may read: `progress` and `baseline` of `Logps`.
         """
-        names = ("reference", "length", "item", "pairs", "preference", "weight", "rewards", "fitted", "sources", "soft")
-        return Logps(policy.double(), **{name: getattr(self, name) for name in names}, **state)
+        constants = {name: getattr(self, name) for name in CONSTANTS}
+        return Logps(policy.double(), **constants, **state)
+
+
+CONSTANTS = (
+    "reference", "length", "item", "pairs", "preference", "weight", "rewards", "fitted_rewards", "sources", "soft"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,9 +113,9 @@ class Logps:
     preference: Tensor  # [P]; p in [0, 1]
     weight: Tensor  # [P]
     rewards: Tensor | None = None  # [S]; true rewards, where known
-    fitted: Tensor | None = None  # [S]; rewards fitted to the pairs
+    fitted_rewards: Tensor | None = None  # [S]; rewards fitted to the pairs
     progress: float = 0.0  # share of the training steps done, in [0, 1)
-    baseline: float = 0.0  # mean log-ratio over all responses of all pairs seen in earlier steps, nats; `Loss`
+    baseline: float | None = 0.0  # mean log-ratio of all pairs of earlier steps, nats; None if no loss `reads_baseline`
     soft: bool = True  # False only if every preference is known to be 1
     sources: tuple[str, ...] = field(default=())  # [I]; names of the Items, for messages
 
@@ -156,10 +164,10 @@ class Logps:
     def candidate_kl(self) -> Tensor:
         """KL(policy || reference) in nats, both renormalised on each Item's responses; exact, differentiable. [I]
 
-        On the K = 2 responses of a pair it is the KL between two coins.
+        On the K = 2 responses of a pair it is the KL between two Bernoulli distributions.
         """
-        shares = self.renormalised()
-        return self.sum_by_item(shares.policy.exp() * shares.log_ratio())
+        on_item = self.renormalised()
+        return self.sum_by_item(on_item.policy.exp() * on_item.log_ratio())
 
     def chosen_first(self) -> Logps:
         """Every pair turned so that its winner is preferred with p >= 1/2; where p is 1/2 the order is the data's."""

@@ -70,27 +70,27 @@ class Recovery:
     def __post_init__(self) -> None:
         for name, least in {"unknowns": 2, "measurements": 1, "trials": 1, "iterations": 2}.items():
             self._require(name, getattr(self, name) >= least, f"choose at least {least}")
-        self._require("measurements", self.measurements < self.unknowns, "choose fewer than task.unknowns")
+        self._require("measurements", self.measurements < self.unknowns, "choose fewer than study.unknowns")
         valid = set(self.sparsities) & set(range(1, self.unknowns + 1))
-        self._require("sparsities", 0 < len(valid) == len(self.sparsities), "choose distinct ones, 1 to task.unknowns")
+        self._require("sparsities", 0 < len(valid) == len(self.sparsities), "choose distinct ones, 1 to study.unknowns")
         self._require("noise", 1e-6 <= self.noise < math.inf, "choose 1e-6 or more; the solver knows 1e-7")
-        self._require("anneal_from", self.noise <= self.anneal_from < math.inf, "choose at least task.noise")
+        self._require("anneal_from", self.noise <= self.anneal_from < math.inf, "choose at least study.noise")
         self._require("tolerance", 0 < self.tolerance < 1, "choose a share between 0 and 1")
 
     def _require(self, name: str, holds: bool, advice: str) -> None:
         if not holds:
-            raise ConfigError(f"task.{name}={getattr(self, name)}: {advice}")
+            raise ConfigError(f"study.{name}={getattr(self, name)}: {advice}")
 
-    def run(self, folder: Path, seed: int, interruptible: Callable[[], None]) -> dict[str, float]:
+    def run(self, folder: Path, seed: int, pause: Callable[[], None]) -> dict[str, float]:
         """Rates such as {"recovery/l1/k=8": 0.92}; also `folder`/recovery.csv, .png and .svg, once all is solved.
 
-        Problems depend on seed, sparsity and trial only. Raises what `interruptible` raises, NumericsError, DiskError.
+        Problems depend on seed, sparsity and trial only. Raises what `pause` raises, NumericsError, DiskError.
         """
         recovered: Counter[tuple[int, str]] = Counter()
         problems = list(itertools.product(self.sparsities, range(self.trials)))
         with Progress(len(problems), description="recover") as progress:
             for done, (sparsity, trial) in enumerate(problems, start=1):
-                interruptible()
+                pause()
                 matrix, signal = draw(self.measurements, self.unknowns, sparsity, (seed, sparsity, trial))
                 for method, estimate in self.estimates(matrix, matrix @ signal).items():
                     recovered[sparsity, method] += relative_error(estimate, signal) <= self.tolerance
@@ -166,7 +166,7 @@ def weighted_l1(matrix: Array, data: Array, weights: Array) -> Array:
     costs, columns = np.concatenate([weights, weights]), np.hstack([matrix, -matrix])
     solution = linprog(costs, A_eq=columns, b_eq=data, bounds=(0, None), method="highs-ds", options={"presolve": False})
     if not solution.success:
-        raise NumericsError(f"a linear programme was not solved ({solution.message}); choose a larger task.noise")
+        raise NumericsError(f"a linear programme was not solved ({solution.message}); choose a larger study.noise")
     positive, negative = np.split(solution.x, 2)
     return positive - negative
 

@@ -21,7 +21,7 @@ def _check(name: str, value: float, least: float, below: float = math.inf) -> No
 
 
 @dataclass(frozen=True)
-class Schedule:
+class OptimizerConfig:
     """Learning rate over the steps: linear warm-up, then constant, or falling to zero linearly or as a cosine."""
 
     learning_rate: float
@@ -37,7 +37,7 @@ class Schedule:
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps={self.warmup_steps} must not be negative")
 
-    def at(self, step: int, steps: int) -> float:
+    def learning_rate_at(self, step: int, steps: int) -> float:
         """Learning rate of `step`, counted from 0, out of `steps`."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
@@ -51,7 +51,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class AdamW(Schedule):
+class AdamW(OptimizerConfig):
     """Loshchilov and Hutter 2019 (arXiv 1711.05101), without weight decay."""
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -77,7 +77,7 @@ class AdamW(Schedule):
 
 
 @dataclass(frozen=True)
-class SGD(Schedule):
+class SGD(OptimizerConfig):
     """Stochastic gradient descent, with heavy-ball momentum."""
 
     momentum: float = 0.0
@@ -95,7 +95,7 @@ class SGD(Schedule):
 
 
 @dataclass(frozen=True)
-class RMSprop(Schedule):
+class RMSprop(OptimizerConfig):
     """The optimizer of the original DPO code (Rafailov et al. 2023, arXiv 2305.18290)."""
 
     alpha: float = 0.99
@@ -113,7 +113,7 @@ class RMSprop(Schedule):
 
 
 @dataclass(frozen=True)
-class LBFGS(Schedule):
+class LBFGS(OptimizerConfig):
     """Limited-memory BFGS with a strong-Wolfe line search: exact minima of small problems, on the full batch."""
 
     max_iter: int = 20  # per step

@@ -24,9 +24,9 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from cdpo.config.build import CONF, nearest
+from cdpo.config.build import CONF, did_you_mean
 from cdpo.config.compose import composed_of, task_of
-from cdpo.config.help import answer
+from cdpo.config.help import help_text
 from cdpo.config.task import Task
 from cdpo.errors import CdpoError, ConfigError, DiskError, rank_0_says
 from cdpo.system.rendezvous import place
@@ -43,12 +43,12 @@ SHOWN = (  # metrics in the table at the end of a run
 def main() -> None:
     """The console script. Exit codes: 0 done, 2 config, 3 data, 4 numerics, 74 disk, 75 preempted, 1 anything else.
 
-    A sweep returns 1 if any of its runs failed. CDPO_DEBUG=1 shows tracebacks.
+    Each error of cdpo.errors has its own. A sweep returns 1 if any of its runs failed. CDPO_DEBUG=1 shows tracebacks.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, and they are shown here in a few lines
     try:
         if {"--help", "-h"} & set(sys.argv[1:]):
-            print(answer(sys.argv[1:]))
+            print(help_text(sys.argv[1:]))
             return
         sys.argv[1:] = with_model_group(sys.argv[1:])
         _job()
@@ -77,7 +77,7 @@ def _job(cfg: DictConfig) -> None:
         task = replace(task, composed=composed_of(cfg))
         _dry_run(task) if cfg.dry_run else _run(task)
     except Exception as error:
-        from cdpo.sweep.tasks import failure
+        from cdpo.sweep.outcome import failure
 
         if place().rank == 0:
             failure(task, error)  # leaves no directory in which nothing was begun
@@ -99,7 +99,7 @@ def _dry_run(task: Task) -> None:
     from cdpo.training.directory import RunDirectory
 
     show([(task, estimate(task.composed, {}), state_of(task))])
-    RunDirectory(task.directory).forget_bare()
+    RunDirectory(task.directory).remove_if_bare()
 
 
 def _show(summary: dict[str, Any], folder: Path) -> None:
@@ -107,7 +107,7 @@ def _show(summary: dict[str, Any], folder: Path) -> None:
     from cdpo.system.progress import summary_table
 
     common = ("state", "step", "reference", "trainable", "change/norm", "change/effective_rank")
-    rows = {key: summary[key] for key in common if key in summary}  # a task has no more than its metrics
+    rows = {key: summary[key] for key in common if key in summary}  # a study has metrics only
     rows |= summary["metrics"] if "step" not in summary else {}
     rows |= {name: value for name in SHOWN if (value := summary["metrics"].get(name, math.nan)) == value}
     reports = summary.get("constraint", {}).items()
@@ -123,7 +123,7 @@ def _explain(error: Exception) -> int:
     if isinstance(error, CdpoError):
         message, code = str(error), error.exit_code
     elif isinstance(error, (HydraException, OmegaConfBaseException)):
-        message, code = _composition(error), ConfigError.exit_code
+        message, code = _composition_message(error), ConfigError.exit_code
     elif isinstance(error, OSError):
         message, code = str(error), DiskError.exit_code
     else:  # no run was begun: Hydra could not compose
@@ -134,12 +134,12 @@ def _explain(error: Exception) -> int:
     return code
 
 
-def _composition(error: Exception) -> str:
+def _composition_message(error: Exception) -> str:
     """Hydra's message, with the nearest valid name where a key or a choice is unknown."""
     if isinstance(error, MissingConfigException) or "Could not load" in str(error):
         group, _, choice = (re.findall(r"'([^']+/[^']+)'", str(error)) or ["/"])[-1].rpartition("/")
         options = _options(group)
-        return f"{group}={choice} does not exist{nearest(choice, options)}; there are {', '.join(options)}"
+        return f"{group}={choice} does not exist{did_you_mean(choice, options)}; there are {', '.join(options)}"
     if isinstance(error, InterpolationResolutionError):
         return str(error).splitlines()[0].rpartition("interpolation: ")[2]
     inner = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
@@ -148,7 +148,7 @@ def _composition(error: Exception) -> str:
         return f"{key} has no default: set {key}=..."
     if isinstance(inner, ConfigAttributeError) and key and parent is not None:
         known = [str(name) for name in parent]
-        return f"unknown key {key}{nearest(str(inner.key), known)}; there are {', '.join(known)}"
+        return f"unknown key {key}{did_you_mean(str(inner.key), known)}; there are {', '.join(known)}"
     if absent := re.match(r"Could not override '(constraint\.(\w+)\.[\w.]+)'", str(error)):
         return _no_such_constraint(*absent.groups())
     return str(error).strip().splitlines()[0]
@@ -158,9 +158,8 @@ def _no_such_constraint(key: str, choice: str) -> str:
     options = _options("constraint")
     if choice in options:
         return f"{key} is set, but constraint={choice} is not chosen: add constraint={choice}, or leave the key out"
-    return (
-        f"{key} is set, but no constraint is called {choice}{nearest(choice, options)}; there are {', '.join(options)}"
-    )
+    known = f"{did_you_mean(choice, options)}; there are {', '.join(options)}"
+    return f"{key} is set, but no constraint is called {choice}{known}"
 
 
 def _options(group: str) -> list[str]:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaC
 from cdpo.batch import Item, Pair
 from cdpo.data.rows import Data, Ledger
 from cdpo.model import attention
-from cdpo.model.head import PLAIN
+from cdpo.model.head import UNCHANGED
 from cdpo.model.logps import Scorer
 from cdpo.model.pretrained import HuggingFace
 from cdpo.model.tiny import Tiny
@@ -114,11 +114,11 @@ def plain(model, items):
 
 
 def lean(model):
-    """A scorer as `layout_for` leaves it for these architectures, which do nothing to the logits of their head."""
-    return Scorer(model, PLAIN)
+    """A scorer as `choose_layout` leaves it for these architectures, which do nothing to the logits of their head."""
+    return Scorer(model, UNCHANGED)
 
 
-def score(model, batch, shape=PLAIN):
+def score(model, batch, shape=UNCHANGED):
     """Log-probs, with the head's work done in slices where the head is a plain matrix. [S]"""
     return Scorer(model, shape)(batch)[0]
 

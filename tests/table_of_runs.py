@@ -17,7 +17,7 @@ def run(loss, attained=None, constraint="none", seed=0, state="finished", **more
     row |= {"loss": loss, "optimizer": "adamw", "constraint": constraint, "seed": seed, "restart": 0}
     row |= {"config.seed": seed, "config.beta": 1.0, "metric/objective/attained": attained, "metric/objective": 0.0}
     if loss == "rlhf":
-        row |= {"config.loss._target_": RLHF, "config.loss.rewards": "true", "config.loss.beta": 1.0}
+        row |= {"config.loss._target_": RLHF, "config.loss.rewards": "data", "config.loss.beta": 1.0}
     for key, value in more.items():
         prefix, name = ("metric/", key[2:]) if key.startswith("m_") else ("config.", key)
         row[prefix + name.replace("__", "." if prefix == "config." else "/")] = value

@@ -130,9 +130,9 @@ def test_wilson_interval_by_hand():
 
 
 def test_the_same_seed_gives_the_same_csv_and_another_seed_another(tmp_path):
-    task = Recovery(**{**TINY, "sparsities": [5], "trials": 20})
+    study = Recovery(**{**TINY, "sparsities": [5], "trials": 20})
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
-        task.run(tmp_path / folder, seed, nothing)
+        study.run(tmp_path / folder, seed, nothing)
     a, b, c = ((tmp_path / folder / "recovery.csv").read_bytes() for folder in "abc")
     assert a == b != c
 
@@ -163,7 +163,7 @@ def test_an_interrupted_run_leaves_no_file(tmp_path):
 
 
 def test_a_linear_programme_without_solution_is_an_error():
-    with pytest.raises(NumericsError, match=r"choose a larger task\.noise"):
+    with pytest.raises(NumericsError, match=r"choose a larger study\.noise"):
         weighted_l1(np.zeros((2, 3)), np.ones(2), np.ones(3))
 
 
@@ -189,7 +189,7 @@ def test_a_linear_programme_without_solution_is_an_error():
     ],
 )
 def test_values_that_cannot_be_used_are_refused_by_name(key, value):
-    with pytest.raises(ConfigError, match=rf"^task\.{key}=.*: choose "):
+    with pytest.raises(ConfigError, match=rf"^study\.{key}=.*: choose "):
         Recovery(**{key: value})
 
 
@@ -198,11 +198,11 @@ def test_the_experiment_runs_and_refuses_what_it_would_ignore(tmp_path):
         command = [sys.executable, "-m", "cdpo.train", "experiment=compressive_sensing", f"output_root={tmp_path}"]
         return subprocess.run([*command, *arguments], capture_output=True, text=True)
 
-    refused = run("loss=ipo", "task.trials=1", "trainer.max_steps=3")
+    refused = run("loss=ipo", "study.trials=1", "trainer.max_steps=3")
     assert refused.returncode == 2
     assert "loss=ipo, trainer.max_steps=3: this experiment does not train" in refused.stderr
     assert not (tmp_path / "compressive_sensing").exists()
-    done = run("task.trials=1", "task.sparsities=[2]", "seed=3", "logger=none")
+    done = run("study.trials=1", "study.sparsities=[2]", "seed=3", "logger=none")
     assert done.returncode == 0, done.stderr
     assert "recovery/l1/k=2" in done.stdout
     assert (tmp_path / "compressive_sensing" / "recovery.svg").is_file()
@@ -210,7 +210,7 @@ def test_the_experiment_runs_and_refuses_what_it_would_ignore(tmp_path):
 
 def test_the_experiment_states_the_defaults():
     text = (Path(cdpo.__file__).parents[1] / "conf/experiment/compressive_sensing.yaml").read_text()
-    task = yaml.safe_load(text)["task"]
+    study = yaml.safe_load(text)["study"]
     assert text.startswith("# @package _global_\n")
-    assert task.pop("_target_") == "cdpo.compressive_sensing.Recovery"
-    assert task == vars(Recovery())
+    assert study.pop("_target_") == "cdpo.compressive_sensing.Recovery"
+    assert study == vars(Recovery())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from cdpo.optim import LBFGS, SGD, AdamW, RMSprop, Schedule
+from cdpo.optim import LBFGS, SGD, AdamW, OptimizerConfig, RMSprop
 
 CURVATURE = torch.tensor([1.0, 4.0, 0.25], dtype=torch.float64)
 START = [3.0, -2.0, 1.0]
@@ -23,15 +23,18 @@ START = [3.0, -2.0, 1.0]
     ],
 )
 def test_schedules_by_hand(schedule, expected):
-    assert [Schedule(8.0, schedule, 2).at(step, 6) for step in range(6)] == pytest.approx(expected)
+    assert [OptimizerConfig(8.0, schedule, 2).learning_rate_at(step, 6) for step in range(6)] == pytest.approx(expected)
 
 
 def test_schedules_without_warm_up_and_at_the_edges():
-    assert [Schedule(3.0, "linear").at(step, 3) for step in range(3)] == pytest.approx([3, 2, 1])
-    assert Schedule(3.0, "cosine").at(0, 1) == 3.0
-    assert Schedule(3.0, "cosine").at(50, 100) == pytest.approx(1.5)
-    assert [Schedule(6.0, "linear", 3).at(step, 2) for step in range(2)] == [2, 4]  # all of it is warm-up
-    assert [Schedule(6.0, "linear", 3).at(step, 3) for step in range(3)] == [2, 4, 6]
+    assert [OptimizerConfig(3.0, "linear").learning_rate_at(step, 3) for step in range(3)] == pytest.approx([3, 2, 1])
+    assert OptimizerConfig(3.0, "cosine").learning_rate_at(0, 1) == 3.0
+    assert OptimizerConfig(3.0, "cosine").learning_rate_at(50, 100) == pytest.approx(1.5)
+    assert [OptimizerConfig(6.0, "linear", 3).learning_rate_at(step, 2) for step in range(2)] == [
+        2,
+        4,
+    ]  # all of it is warm-up
+    assert [OptimizerConfig(6.0, "linear", 3).learning_rate_at(step, 3) for step in range(3)] == [2, 4, 6]
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, math.nan, math.inf])
@@ -64,7 +67,7 @@ def test_options_out_of_range_are_named(cls, option):
 def descend(optimizer, steps=25):
     """The path on sum(curvature * x ** 2) / 2 from START, as the engine steps: rate set, closure given."""
     x = nn.Parameter(torch.tensor(START, dtype=torch.float64))
-    optim = optimizer.build([x]) if isinstance(optimizer, Schedule) else optimizer([x])
+    optim = optimizer.build([x]) if isinstance(optimizer, OptimizerConfig) else optimizer([x])
     path = []
 
     def closure():

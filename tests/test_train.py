@@ -91,8 +91,8 @@ def test_bad_input_ends_with_its_code_and_says_what_to_change(cdpo_train, tmp_pa
     assert "Traceback" not in text
 
 
-def test_without_its_task_an_experiment_trains(cdpo_train, tmp_path):
-    code, text = cdpo_train("experiment=compressive_sensing", "~task", *QUICK)
+def test_without_its_study_an_experiment_trains(cdpo_train, tmp_path):
+    code, text = cdpo_train("experiment=compressive_sensing", "~study", *QUICK)
     assert code == 0, text
     assert json.loads((tmp_path / "out/compressive_sensing/summary.json").read_text())["steps"] == 3
 

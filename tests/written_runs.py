@@ -42,7 +42,7 @@ def write_run(folder: Path, loss="dpo", constraint="none", seed=0, rewards=True,
 def composed(loss, constraint, seed):
     target, values = FAMILIES.get(constraint, ("", {}))
     power = {"penalty": "power", "power": 0.5} if loss == "gaussian_power" else {}
-    true = {"rewards": "true"} if loss == "rlhf" else {}
+    true = {"rewards": "data"} if loss == "rlhf" else {}
     return {
         "model": {"_target_": "cdpo.model.tabular.Tabular"},
         "dataset": {"_target_": "cdpo.data.bandit.Bandit", "world_seed": seed},
@@ -50,11 +50,11 @@ def composed(loss, constraint, seed):
         "constraint": {constraint: {"_target_": f"cdpo.constraints.{target}"} | values} if target else {},
         "optimizer": {"_target_": "cdpo.optim.SGD", "learning_rate": 1.0},
         "trainer": {"max_steps": 4, "eval_every": 1},
-        "logger": {"_target_": "cdpo.system.logger.Nothing"},
+        "logger": {"_target_": "cdpo.system.logger.NoLogger"},
         "beta": 1.0,
         "seed": seed,
         "restart": 0,
-        "task": None,
+        "study": None,
     }
 
 

@@ -63,7 +63,9 @@ def _construct(cls: Any, node: Mapping[str, Any], where: str, allow: Sequence[st
     given = {str(key): value for key, value in node.items() if key != "_target_"}
     prefix = f"{where}." if where else ""
     for key in given.keys() - fields.keys():
-        raise ConfigError(f"unknown key {prefix}{key}{nearest(key, fields)}; {cls.__name__} knows {', '.join(fields)}")
+        raise ConfigError(
+            f"unknown key {prefix}{key}{did_you_mean(key, fields)}; {cls.__name__} knows {', '.join(fields)}"
+        )
     built = {key: _built(value, prefix + key, allow, hints[key]) for key, value in given.items()}
     try:
         return cls(**_typed(cls, hints, built, prefix))
@@ -99,7 +101,7 @@ def _is_interface(hint: Any) -> bool:
     return any(getattr(part, "_is_protocol", False) for part in parts)
 
 
-def nearest(key: str, known: Iterable[str]) -> str:
+def did_you_mean(key: str, known: Iterable[str]) -> str:
     """ ", did you mean ...?" if a known name is close, else nothing."""
     close = difflib.get_close_matches(key, list(known), n=1)
     return f", did you mean {close[0]}?" if close else ""

@@ -53,11 +53,11 @@ def _only_from_the_command_line(composed: dict[str, Any], overrides: list[str]) 
 
 
 def _used_by_the_task(composed: dict[str, Any], overrides: list[str]) -> None:
-    """ConfigError for an option of training where the experiment is another task, which does not train."""
-    used = r"(experiment|task|seed|name|output_root|cache_dir|dry_run|allow_targets|logger)\b"
+    """ConfigError for an option of training where the experiment is a study, which does not train."""
+    used = r"(experiment|study|seed|name|output_root|cache_dir|dry_run|allow_targets|logger)\b"
     unused = [override for override in overrides if not re.match(used, override.lstrip("+~"))]
-    if composed.get("task") is not None and unused:
-        raise ConfigError(f"{', '.join(unused)}: this experiment does not train; its own keys begin with task.")
+    if composed.get("study") is not None and unused:
+        raise ConfigError(f"{', '.join(unused)}: this experiment does not train; its own keys begin with study.")
 
 
 # ------------------------------------------------------------------------------------------ names for the config files

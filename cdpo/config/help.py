@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cdpo.config.build import CONF, nearest
+from cdpo.config.build import CONF, did_you_mean
 from cdpo.errors import ConfigError
 
 USAGE = """cdpo-train [-m] [GROUP=CHOICE ...] [KEY=VALUE ...]
@@ -27,7 +27,7 @@ MORE = """
   --hydra-help          Hydra's own options"""
 
 
-def answer(arguments: Sequence[str]) -> str:
+def help_text(arguments: Sequence[str]) -> str:
     """What --help prints: of all groups, or of what is named beside it. Raises ConfigError for an unknown name."""
     words, own = list(arguments), []
     while any(flag in words for flag in ("--config-dir", "-cd")):
@@ -36,7 +36,7 @@ def answer(arguments: Sequence[str]) -> str:
         del words[at : at + 2]
     known = groups(own)
     asked = [word for word in words if word[0] != "-" and ("=" not in word or word.partition("=")[0] in known)]
-    return "\n\n".join(_of(word, known) for word in asked) if asked else _overview(known)
+    return "\n\n".join(_help_for(word, known) for word in asked) if asked else _overview(known)
 
 
 def groups(own: Sequence[Path] = ()) -> dict[str, dict[str, Path]]:
@@ -50,7 +50,7 @@ def groups(own: Sequence[Path] = ()) -> dict[str, dict[str, Path]]:
     return dict(sorted(found.items()))
 
 
-def sentence(file: Path) -> str:
+def first_line(file: Path) -> str:
     """What a choice is: the first line of its file, but for Hydra's header."""
     with file.open(encoding="utf-8") as lines:
         return next((line for line in lines if not line.startswith("# @")), "").removeprefix("#").strip()
@@ -62,17 +62,19 @@ def _overview(known: dict[str, dict[str, Path]]) -> str:
     return "\n".join([USAGE, *wrapped, MORE])
 
 
-def _of(word: str, known: dict[str, dict[str, Path]]) -> str:
+def _help_for(word: str, known: dict[str, dict[str, Path]]) -> str:
     group, _, choice = word.partition("=")
     if word in ("config", "trainer"):
         return "\n".join(_section(word))
     if group not in known:
-        raise ConfigError(f"no config group is called {group}{nearest(group, known)}; there are {', '.join(known)}")
+        raise ConfigError(
+            f"no config group is called {group}{did_you_mean(group, known)}; there are {', '.join(known)}"
+        )
     choices = known[group]
     if not choice:
         return _choices(group, choices)
     if choice not in choices:
-        raise ConfigError(f"{word} does not exist{nearest(choice, choices)}; there are {', '.join(choices)}")
+        raise ConfigError(f"{word} does not exist{did_you_mean(choice, choices)}; there are {', '.join(choices)}")
     return "\n".join(_files(choice, choices))
 
 
@@ -81,7 +83,7 @@ def _choices(group: str, choices: dict[str, Path]) -> str:
     width = max(map(len, choices)) + 2
     lines = []
     for choice, file in choices.items():
-        said = f"  {choice:{width}}{'default: ' * (default is not None and default[1] == choice)}{sentence(file)}"
+        said = f"  {choice:{width}}{'default: ' * (default is not None and default[1] == choice)}{first_line(file)}"
         indent = " " * (width + 2)
         lines.append(textwrap.fill(said, 110, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False))
     return "\n".join([f"{group}=CHOICE", *lines])

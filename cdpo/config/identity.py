@@ -11,7 +11,7 @@ from typing import Any
 from cdpo.config.schema import MICRO_BATCH
 
 # what may change between two launches of one run, because the numbers do not depend on it
-FREE = (
+NOT_IN_DIGEST = (
     "name", "output_root", "cache_dir", "logger", "dry_run",
     "trainer.log_every", "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.distributed",
 )  # fmt: skip
@@ -32,7 +32,7 @@ def trajectory(composed: Mapping[str, Any]) -> dict[str, Any]:
     keys["constraint"] = list(composed["constraint"])  # several act one after another: their order counts
     if keys.get(MICRO_BATCH_KEY, MICRO_BATCH) is None:
         keys[MICRO_BATCH_KEY] = MICRO_BATCH  # which it is, where a GPU does not force another
-    return {k: v for k, v in keys.items() if not any(k == free or k.startswith(f"{free}.") for free in FREE)}
+    return {k: v for k, v in keys.items() if not any(k == free or k.startswith(f"{free}.") for free in NOT_IN_DIGEST)}
 
 
 def digest(composed: Mapping[str, Any]) -> str:
@@ -44,7 +44,7 @@ def digest(composed: Mapping[str, Any]) -> str:
 def run_name(composed: Mapping[str, Any], choices: Mapping[str, Any]) -> str:
     """Directory of a run: readable choices, seed, digest. Two configs never share one, one config always finds its own.
 
-    A `name` given by the user replaces the readable part in a sweep, and the whole in a single run.
+    A `name` given by the user is the directory of a single run, or that of a sweep, in which runs keep these names.
     """
     constraints = "+".join(composed["constraint"]) or "none"
     draw = f"s{composed['seed']}" + (f"r{composed['restart']}" if composed["restart"] else "")

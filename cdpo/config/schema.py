@@ -63,7 +63,7 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Config:
-    """One run. Groups are objects; `name` is the run directory's name (null: made from the choices and the content)."""
+    """One run. Groups are objects; `name` is the directory's, of a run or of a sweep (null: made from the config)."""
 
     model: Any
     dataset: Any
@@ -72,10 +72,10 @@ class Config:
     optimizer: Any
     trainer: Trainer
     logger: Any
-    beta: float = 0.1  # of J, and of every loss whose file says so
+    beta: float = 0.1  # of J, and of every loss whose file says ${beta}
     seed: int = 0
     restart: int = 0
-    task: Any = None
+    study: Any = None
     name: str | None = None
     output_root: str = "outputs"
     dry_run: bool = False  # acted on by the command line

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from cdpo.constraints.constraint import Constraint
-from cdpo.constraints.freeze import keep_only
+from cdpo.constraints.freeze import train_only
 from cdpo.constraints.lora import LoRA
 from cdpo.errors import ConfigError
 
@@ -27,7 +27,7 @@ class BiasOnly(Constraint):
         biases = {name for name, _ in model.named_parameters() if name.split(".")[-1] == "bias"}
         if not biases:
             raise ConfigError(f"bias_only: {type(model).__name__} has no bias parameters, so nothing would be trained")
-        self.frozen = keep_only(model, biases)
+        self.frozen = train_only(model, biases)
         return model
 
     def report(self) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """A constraint is a restriction on learning and a participant in the step. One file per constraint, all with one shape.
 
-The engine calls the hooks in the order in which they stand here. Laws: a penalty on parameters belongs in `before_step`
-or `after_step`, never inside autograd; state may depend only on reduced metrics, so that it is equal on every rank.
+`training/loop.py` calls the hooks in the order in which they stand here. Laws: a penalty on parameters belongs in
+`before_step` or `after_step`, never inside autograd; state may depend only on reduced metrics, so that it is equal on
+every rank.
 """
 
 from __future__ import annotations

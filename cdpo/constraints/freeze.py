@@ -14,7 +14,7 @@ from cdpo.errors import ConfigError
 from cdpo.model.layers import decoder_layers
 
 
-def keep_only(model: nn.Module, names: set[str]) -> int:
+def train_only(model: nn.Module, names: set[str]) -> int:
     """Freeze every parameter not in `names`; how many numbers were frozen. ConfigError if nothing is left to train."""
     frozen = [p for name, p in model.named_parameters() if name not in names and p.requires_grad]
     for parameter in frozen:
@@ -58,7 +58,7 @@ class Freeze(Constraint):
         frozen = {name for pattern in self.patterns for name in self._matches(pattern, names)}
         if self.train_last_layers is not None:
             frozen |= names - self._last_layers(model, self.train_last_layers)
-        self.frozen = keep_only(model, names - frozen)
+        self.frozen = train_only(model, names - frozen)
         return model
 
     def report(self) -> dict[str, float]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from cdpo.constraints.constraint import Constraint
 from cdpo.errors import ConfigError
-from cdpo.system.ranks import whole
+from cdpo.system.ranks import full_tensor
 
 if TYPE_CHECKING:
     from cdpo.model.change import Change
@@ -47,5 +47,5 @@ class WeightDecay(Constraint):
 
     def report(self) -> dict[str, float]:
         """`norm`: L2 norm of the decayed weights, which is what is being pulled to zero."""
-        norms = [whole(torch.linalg.vector_norm(parameter.detach())).double() for parameter in self.decayed]
+        norms = [full_tensor(torch.linalg.vector_norm(parameter.detach())).double() for parameter in self.decayed]
         return {"binds": float(bool(norms)), "norm": math.hypot(*map(float, norms))}

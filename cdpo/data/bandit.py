@@ -17,8 +17,8 @@ from cdpo.data.records import read_object
 from cdpo.data.rows import (
     BadRow,
     Data,
+    Dataset,
     Ledger,
-    Limits,
     Row,
     did_you_mean,
     is_number,
@@ -48,7 +48,7 @@ class World:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bandit(Limits):
+class Bandit(Dataset):
     """Bradley-Terry preferences p(i over j) = sigmoid(r_i - r_j) over pairs y1, y2 drawn independently, y1 != y2.
 
     exact: every pair once, labelled with p and weighted with its sampling mass. sampled: `pairs` draws, hard labels.

@@ -1,7 +1,7 @@
 """Rewards from preferences: the first stage of RLHF, one free number per response, fitted by maximum likelihood.
 
-Pairs of files are hard labels (soft ones are the bandit's): a response that never loses has no finite reward without a
-ridge. All rows of a prompt share one fit.
+Pairs read from files are hard labels (soft ones are the bandit's): a response that never loses has no finite reward
+without a ridge. All rows of a prompt share one fit.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from cdpo.batch import Item, Pair
 from cdpo.errors import DataError
 
 
-def add_fitted(items: list[Item], ridge: float, on_item: Callable[[int], None]) -> list[Item]:
+def add_fitted(items: list[Item], ridge: float, tell: Callable[[int], None]) -> list[Item]:
     """The Items with their fitted rewards: one fit per prompt, to the pairs of all its Items.
 
-    `on_item` hears how many are done and may raise. Raises DataError, with the first reason and the number of prompts,
+    `tell` is told how many are done and may raise. Raises DataError, with the first reason and the number of prompts,
     where some have no fit.
     """
     found, problems, done = list(items), [], 0
@@ -34,7 +34,7 @@ def add_fitted(items: list[Item], ridge: float, on_item: Callable[[int], None]) 
     prompts = [list(rows) for _, rows in groupby(order, key=lambda i: items[i].prompt)]
     for rows in prompts:
         done += len(rows)
-        on_item(done)
+        tell(done)
         whole, places = pooled([items[i] for i in rows])
         try:
             rewards = fit(whole, ridge)
@@ -42,7 +42,7 @@ def add_fitted(items: list[Item], ridge: float, on_item: Callable[[int], None]) 
             problems.append((rows[0], problem))
             continue
         for i, place in zip(rows, places):
-            found[i] = replace(items[i], fitted=[rewards[j] for j in place])
+            found[i] = replace(items[i], fitted_rewards=[rewards[j] for j in place])
     if problems:
         raise DataError(f"{min(problems)[1]} ({len(problems)} of {len(prompts)} prompts)")
     return found

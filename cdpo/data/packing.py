@@ -37,7 +37,7 @@ def pack(items: Sequence[Item], reference: Sequence[Tensor] | None = None, padde
         reference=torch.cat(list(reference)) if reference is not None else torch.zeros(len(responses), dtype=real),
         item=torch.tensor([i for i, size in enumerate(sizes) for _ in range(size)]),
         rewards=_column([item.rewards for item in items]),
-        fitted=_column([item.fitted for item in items]),
+        fitted_rewards=_column([item.fitted_rewards for item in items]),
         pairs=torch.tensor([p[:2] for p in pairs], dtype=torch.long).reshape(-1, 2),
         preference=torch.tensor([p[2] for p in pairs], dtype=real),
         weight=torch.tensor([p[3] for p in pairs], dtype=real),
@@ -72,9 +72,10 @@ def _packed_trees(items: Sequence[Item]) -> dict[str, Tensor]:
             positions += range(n, n + len(response) - 1)
             branch += [k + 1] * (len(response) - 1)
         tree += [t] * item.tokens
-    predict_at, row = torch.unique(torch.tensor(at), return_inverse=True)
+    predict_at, position = torch.unique(torch.tensor(at), return_inverse=True)
     rows = {"input_ids": ids, "position_ids": positions, "tree": tree, "branch": branch}
-    return {name: torch.tensor(values)[None] for name, values in rows.items()} | {"predict_at": predict_at, "row": row}
+    tokens = {name: torch.tensor(values)[None] for name, values in rows.items()}
+    return tokens | {"predict_at": predict_at, "position": position}
 
 
 def _padded_rows(items: Sequence[Item]) -> dict[str, Tensor]:
@@ -94,14 +95,14 @@ def _padded_rows(items: Sequence[Item]) -> dict[str, Tensor]:
         "tree": tree,
         "branch": branch,
         "predict_at": torch.tensor(at),
-        "row": torch.arange(len(at)),
+        "position": torch.arange(len(at)),
         "attention_mask": mask,
     }
 
 
 @dataclass(eq=False)
 class Scored:
-    """Items and, response by response, what the reference says of them."""
+    """Items, as batches on a device, with the log-probs of the reference once these are known."""
 
     items: list[Item]
     padded: bool  # layout: padded rows, for models that cannot attend over trees
@@ -175,7 +176,7 @@ class Plan:
         """Optimizer steps in one pass over the Items."""
         return -(-len(self.sizes) // self.batch_size)
 
-    def chosen(self, step: int) -> list[int]:
+    def step_items(self, step: int) -> list[int]:
         """The Items of a step, as indices."""
         if self.batch_size >= len(self.sizes):  # all of them, whose order changes nothing
             return list(range(len(self.sizes)))
@@ -184,14 +185,14 @@ class Plan:
 
     def __getitem__(self, step: int) -> list[list[int]]:
         """The micro-batches of a step, as indices of Items."""
-        return by_tokens(self.sizes, self.chosen(step), self.micro_batch)
+        return by_tokens(self.sizes, self.step_items(step), self.micro_batch)
 
     def shares(self, step: int, ranks: int) -> list[list[list[int]]]:
         """The same Items dealt to ranks, longest first to whom has fewest tokens; each share in its micro-batches.
 
         With one rank it is the step itself. A rank may get nothing.
         """
-        return _dealt(tuple((i, self.sizes[i]) for i in self.chosen(step)), ranks, self.micro_batch)
+        return _dealt(tuple((i, self.sizes[i]) for i in self.step_items(step)), ranks, self.micro_batch)
 
 
 @lru_cache(maxsize=2)

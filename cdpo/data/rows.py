@@ -108,7 +108,7 @@ class Data:
     """What a data set yields. The last three are for the tabular model and known to a bandit only."""
 
     train: list[Row]
-    eval: list[Row]
+    held_out: list[Row]
     ledger: Ledger  # of reading; tokenisation keeps its own
     table: list[list[float]] | None = None  # [symbols + prompts, symbols] reference logits; row = last token seen
     symbols: list[str] = field(default_factory=list)
@@ -116,8 +116,8 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
-    """The knobs of tokenisation, which every data set shares."""
+class Dataset:
+    """What a data set extends: the settings of tokenisation. It adds `load(seed)`, which returns `Data`."""
 
     max_prompt_tokens: int = 512  # longer prompts lose their beginning, alike for all responses
     max_response_tokens: int = 512  # longer responses lose their end, and get no EOS

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from cdpo.data.formats import ADAPTERS, FORMATS, check, detect
 from cdpo.data.records import Record, read
-from cdpo.data.rows import BadRow, Data, Ledger, Limits, Row, refuse_unused, report, require_positive
+from cdpo.data.rows import BadRow, Data, Dataset, Ledger, Row, refuse_unused, report, require_positive
 from cdpo.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ LOOK_AT = 200  # records that vote on the format
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source(Limits):
+class Source(Dataset):
     """What files and hub data sets share: which rows are refused, and which are held out."""
 
     format: Literal["auto", "columns", "transcripts", "messages", "scored"] = "auto"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cdpo import __version__
 from cdpo.batch import Item, Pair
-from cdpo.data.rows import BadRow, Ledger, Limits, Row, Tally
+from cdpo.data.rows import BadRow, Dataset, Ledger, Row, Tally
 from cdpo.errors import ConfigError, DataError
 from cdpo.system.cache import Entry
 
@@ -39,7 +39,7 @@ Ids = list[int]
 def tokenise(
     rows: list[Row],
     tokenizer: PreTrainedTokenizerBase,
-    limits: Limits,
+    limits: Dataset,
     pause: Callable[[], None] = lambda: None,
     shared: Path | None = None,
 ) -> tuple[list[Item], Ledger]:
@@ -65,7 +65,7 @@ def tokenise(
 
 
 def _tokenised(
-    rows: list[Row], tokenizer: PreTrainedTokenizerBase, limits: Limits, pause: Callable[[], None]
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, limits: Dataset, pause: Callable[[], None]
 ) -> tuple[list[Item], Ledger]:
     work = _Tokeniser(tokenizer, limits)
     if any(row.complete for row in rows) and work.eos is None:
@@ -88,7 +88,7 @@ def _chunks(rows: list[Row]) -> Iterator[list[Row]]:
     return iter(track(chunks, "tokenising", disable=quiet, console=Console(stderr=True), transient=True))
 
 
-def judge(ledger: Ledger, limits: Limits) -> None:
+def judge(ledger: Ledger, limits: Dataset) -> None:
     """Warn of what befell the rows. Raises DataError where that is more than `limits` allow."""
     for kind in ("special_tokens", "boundary_mismatches"):
         tally = ledger.notes[kind]
@@ -107,7 +107,7 @@ def judge(ledger: Ledger, limits: Limits) -> None:
 class _Tokeniser:
     """The tokenizer with its special tokens, the limits, and the ledger they fill."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, limits: Dataset) -> None:
         self.tokenizer, self.limits, self.ledger = tokenizer, limits, Ledger()
         self.name = tokenizer.name_or_path or type(tokenizer).__name__
         self.eos, self.bos = tokenizer.eos_token_id, tokenizer.bos_token_id
@@ -240,7 +240,7 @@ def lengths(items: list[Item]) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------ Items that runs share
 
 
-def _key(rows: list[Row], tokenizer: Any, limits: Limits) -> dict[str, Any]:
+def _key(rows: list[Row], tokenizer: Any, limits: Dataset) -> dict[str, Any]:
     import transformers
 
     text = hashlib.sha256()
@@ -251,7 +251,7 @@ def _key(rows: list[Row], tokenizer: Any, limits: Limits) -> dict[str, Any]:
     return {
         "rows": text.hexdigest(),
         "tokenizer": hashlib.sha256(spelt.encode()).hexdigest(),
-        "limits": {name: getattr(limits, name) for name in Limits.__dataclass_fields__},
+        "limits": {name: getattr(limits, name) for name in Dataset.__dataclass_fields__},
         "versions": [__version__, transformers.__version__],
     }
 

@@ -22,21 +22,21 @@ class OnCandidates:
     """What the losses here share: f(k) = beta * log(pi(k) / pi_ref(k)) - r(k) is constant over k at the optimum."""
 
     beta: float = 0.1  # strength of the KL regulariser
-    rewards: Literal["true", "fitted"] = "true"  # the data's own, or a Bradley-Terry fit to the prompt's preferences
+    rewards: Literal["data", "fitted"] = "data"  # the data's own, or a Bradley-Terry fit to the prompt's preferences
     ridge: float = 0.0  # of that fit: weight of sum r^2 / 2 beside the mean log-likelihood of connected pairs
     unit: ClassVar[Literal["item"]] = "item"
 
     def __post_init__(self) -> None:
         check_positive(beta=self.beta)
-        check_choice("rewards", self.rewards, "true", "fitted")
+        check_choice("rewards", self.rewards, "data", "fitted")
         if not 0 <= self.ridge < math.inf:
             raise ValueError(f"ridge={self.ridge} must be a finite number, at least 0")
-        if self.ridge and self.rewards == "true":
-            raise ValueError(f"ridge={self.ridge} is not used with rewards=true; set ridge=0")
+        if self.ridge and self.rewards == "data":
+            raise ValueError(f"ridge={self.ridge} is not used with rewards=data; set ridge=0")
 
-    def shares(self, logps: Logps) -> tuple[Tensor, Tensor]:
+    def policy_and_f(self, logps: Logps) -> tuple[Tensor, Tensor]:
         """log pi(k), and f(k) up to a constant per Item. Raises ConfigError where rewards are missing. [S], [S]"""
-        rewards = logps.rewards if self.rewards == "true" else logps.fitted
+        rewards = logps.rewards if self.rewards == "data" else logps.fitted_rewards
         if rewards is None:
             raise ConfigError(f"{type(self).__name__} needs rewards, and {', '.join(logps.sources[:3])} have none")
         return logps.log_softmax_by_item(logps.policy), self.beta * logps.renormalised().log_ratio() - rewards
@@ -50,7 +50,7 @@ class RLHF(OnCandidates):
     """
 
     def __call__(self, logps: Logps) -> Tensor:
-        policy, f = self.shares(logps)
+        policy, f = self.policy_and_f(logps)
         return logps.sum_by_item(policy.exp() * f)
 
 
@@ -58,13 +58,13 @@ class RLHF(OnCandidates):
 class OnPolicyRegression(OnCandidates):
     """E_{y1,y2 ~ sg(pi)} of (f(y1) - f(y2))^2 / 4, which is Var_sg(pi)(f) / 2: no gradient flows through the weights.
 
-    Its gradient is beta times that of RLHF, as grad KL(pi || pi*) = Cov_pi(log pi/pi*, grad log pi) (ours). What is
-    minimised is therefore not the squared error, whose weights move too, but beta (J* - J) = beta^2 KL(pi || pi*): that
-    is the value here, so that line searches and comparisons of restarts see what the gradient descends. [I]
+    Its gradient is beta times that of RLHF, as grad KL(pi || pi*) = Cov_pi(log pi/pi*, grad log pi) (ours). So what it
+    descends is not the squared error, whose weights move too, but beta (J* - J) = beta^2 KL(pi || pi*). That is the
+    value returned here, for line searches and comparisons of restarts. [I]
     """
 
     def __call__(self, logps: Logps) -> Tensor:
-        policy, f = self.shares(logps)
+        policy, f = self.policy_and_f(logps)
         error = self.squared_error(logps, policy.detach().exp(), f)
         # f / beta is log(pi / pi*) up to a constant; renormalising -f / beta, with pi as prior, makes it pi* itself
         optimum = logps.log_softmax_by_item(policy - f / self.beta)

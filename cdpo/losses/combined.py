@@ -21,9 +21,9 @@ class WPO:
     Zhou et al. 2024 (arXiv 2406.11827), the weight before their alignment step. TRL's `use_weighting` is aligned:
     it divides each token's probability by sum_v pi(v)^2, which needs the logits of every token.
 
-    A value whose weights move is no objective: it falls where the policy only leaves pairs whose labels are uncertain.
-    So what no policy could do better (`least` of the loss within, where it has one) is taken off, which has no
-    gradient: then 0 means that every pair that the policy writes is fitted, and restarts can be compared.
+    The weight depends on the policy, so the value would also fall where probability leaves pairs with uncertain labels.
+    So the least value that any policy reaches (`least` of the loss within, where it has one; for DPO the entropy of the
+    label) is subtracted, which has no gradient: 0 then means that every pair the policy writes is fitted.
     """
 
     loss: Loss  # the pair loss

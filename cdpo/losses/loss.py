@@ -20,8 +20,9 @@ class Loss(Protocol):
     """A frozen, pure function of log-probs: one number per pair or per Item, never reduced.
 
     A pair loss takes every pair as a hard label, winner over loser, and reads neither `preference` nor `weight`. It is
-    finite, with a finite gradient, wherever the log-probs are. One that reads `Logps.baseline` says so, with
-    `reads_baseline = True`: for others it is None, as to know it costs a wait for the device in every step.
+    finite, with a finite gradient, wherever the log-probs are. Two things are optional: `reads_baseline = True` of a
+    loss that reads `Logps.baseline`, which is None for others, as to know it costs a wait for the device in every step;
+    and `least(preference)`, the least value of a pair under any policy [P], which `WPO` subtracts.
     """
 
     @property
@@ -42,6 +43,10 @@ class PairLoss:
     def __post_init__(self) -> None:
         check_positive(beta=self.beta)
 
+    def __call__(self, logps: Logps) -> Tensor:
+        """One number per pair, for hard labels, in nats; no reduction. May raise ConfigError. [P]"""
+        raise NotImplementedError
+
 
 def per_unit(loss: Loss, logps: Logps) -> Tensor:
     """The loss of every pair or Item, soft labels included: p * loss(winner, loser) + (1 - p) * loss(loser, winner)."""
@@ -53,10 +58,10 @@ def per_unit(loss: Loss, logps: Logps) -> Tensor:
 
 def unit_weight(loss: Loss, logps: Logps) -> Tensor:
     """Weight of each value that the loss returns: the pair's, or 1 per Item."""
-    return logps.weight if loss.unit == "pair" else torch.ones(len(logps.sources), device=logps.policy.device)
+    return logps.weight if loss.unit == "pair" else torch.ones(logps.items, device=logps.policy.device)
 
 
-def reward_scale(loss: Any, default: float) -> float:
+def reward_beta(loss: Any, default: float) -> float:
     """beta of the implicit reward beta * log-ratio: the loss's own, or that of the first loss within, or `default`."""
     inner = [getattr(loss, "loss", None), *getattr(loss, "losses", {}).values()]
     betas = [one.beta for one in (loss, *inner) if hasattr(one, "beta")]

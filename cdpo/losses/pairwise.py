@@ -131,6 +131,7 @@ class BCO(PairLoss):
     reads_baseline: ClassVar[bool] = True
 
     def __call__(self, logps: Logps) -> Tensor:
+        assert logps.baseline is not None  # as reads_baseline is set
         chosen, rejected = logps.of_pairs(self.beta * (logps.log_ratio() - logps.baseline))
         return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
 

@@ -1,7 +1,7 @@
 """Attention over packed prompt trees: a token sees its own prompt and its own branch, and nothing else.
 
 Enters through transformers' public attention interface; the layout travels as the keyword `trees` through the model's
-forward. An architecture that cannot take it is found out by `layout_for`, which compares numbers, not names.
+forward. An architecture that cannot take it is found out by `choose_layout`, which compares numbers, not names.
 """
 
 from __future__ import annotations
@@ -77,15 +77,16 @@ def _block_mask(tree: Tensor, branch: Tensor) -> Any:
     def sees(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (tree[q] == tree[k]) & (q >= k) & ((branch[k] == 0) | (branch[q] == branch[k]))
 
-    first, last, least, most = (bound for x in (tree, branch) for bound in _bounds(x))
-    block = torch.arange(len(first), device=tree.device)
-    meet = (first[:, None] <= last) & (first <= last[:, None])  # [query block, key block]
-    related = (least == 0) | ((least[:, None] <= most) & (least <= most[:, None]))
+    (tree_min, tree_max), (branch_min, branch_max) = _bounds(tree), _bounds(branch)
+    block = torch.arange(len(tree_min), device=tree.device)
+    meet = (tree_min[:, None] <= tree_max) & (tree_min <= tree_max[:, None])  # [query block, key block]
+    related = (branch_min == 0) | ((branch_min[:, None] <= branch_max) & (branch_min <= branch_max[:, None]))
     visited = meet & related & (block[:, None] >= block)
-    one = (first[:, None] == last) & (first == last[:, None])  # both blocks are of one and the same tree
-    own = (most == 0) | ((least[:, None] == most) & (least == most[:, None]))  # all keys are its prompt, or one branch
-    whole = torch.arange(1, len(first) + 1, device=tree.device) * BLOCK <= len(tree)
-    full = visited & one & own & (block[:, None] > block) & whole[:, None]
+    same_tree = (tree_min[:, None] == tree_max) & (tree_min == tree_max[:, None])  # both blocks lie in it
+    same_branch = (branch_min[:, None] == branch_max) & (branch_min == branch_max[:, None])
+    seen = (branch_max == 0) | same_branch  # all keys are of the prompt, or all tokens are of one branch
+    complete = torch.arange(1, len(tree_min) + 1, device=tree.device) * BLOCK <= len(tree)  # the last may be short
+    full = visited & same_tree & seen & (block[:, None] > block) & complete[:, None]
     partial = _listed(visited & ~full)
     return BlockMask.from_kv_blocks(*partial, *_listed(full), BLOCK, sees, (len(tree), len(tree)))
 
@@ -152,10 +153,18 @@ def register() -> None:
 
 
 def register_for_compiled_layers() -> None:
-    """The same, left out of what is compiled: trees have other sizes in every batch. flex_attention still is."""
+    """Like `register`, but not compiled with the layer around it, as trees have other sizes in every batch.
+
+    On CUDA flex_attention is compiled by itself.
+    """
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, torch.compiler.disable(tree_attention))
+
+
+def takes_trees(model: Any) -> bool:
+    """Whether the model attends over packed trees; what is no model of transformers is taken to."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", NAME) == NAME
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cdpo.errors import ConfigError
-from cdpo.system.ranks import whole
+from cdpo.system.ranks import full_tensor
 
 PART = 1 << 20  # numbers
 
@@ -70,7 +70,7 @@ def _effective_rank(matrices: Tensor) -> Tensor:
 def _distance(tensor: Tensor, start: Tensor) -> Tensor:
     """L2 norm of a difference, whose copy is never larger than PART. [...], [...] -> []"""
     if isinstance(tensor, DTensor):
-        return torch.linalg.vector_norm(whole(_wide(tensor) - _wide(start))).double()
+        return torch.linalg.vector_norm(full_tensor(_wide(tensor) - _wide(start))).double()
     parts = zip(*(x.reshape(-1).split(PART) for x in (tensor, start)))
     norms = [torch.linalg.vector_norm(_wide(now) - _wide(then)).double() for now, then in parts]
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
@@ -126,14 +126,14 @@ class Change:
     def deltas(self) -> Iterator[tuple[str, Tensor]]:
         """(name, theta - theta_0) of every weight that can change, adapted ones in full size; float32 or better."""
         for name, parameter, start in self.plain():
-            yield name, whole(_wide(parameter) - _wide(start))
+            yield name, full_tensor(_wide(parameter) - _wide(start))
         for name, layer in self.adapted.items():
             yield name, _delta(layer)
 
     @torch.no_grad()
     def _cores(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter, start in self.plain():
-            yield name, whole(_wide(parameter) - _wide(start))
+            yield name, full_tensor(_wide(parameter) - _wide(start))
         for name, layer in self.adapted.items():
             yield name, _core(layer)
 

@@ -1,7 +1,7 @@
 """Log-probs of tokens straight from hidden states: a slice of the vocabulary at a time, never all logits at once.
 
-What the head costs is then its matrix products: three where one slice is all (forward, and two backward), and one
-more, the slice computed again, for all slices but the last. A frozen head needs two, and keeps nothing.
+Matrix products of the size of the head: 3 where one slice is all (1 forward, 2 backward); a fourth for all slices but
+the last, which the backward pass computes again. A frozen head needs 2 and keeps no logits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CHUNK = 1 << 26  # bytes of logits that are alive at most
 PROBES = (-40.0, -1.0, 0.25, 1.0, 40.0)  # logits at which a model is asked what it makes of them
 
 
-class Shape(NamedTuple):
+class LogitTransform(NamedTuple):
     """What a model does to the logits of its head: cap * tanh(logit * scale / cap), without cap logit * scale."""
 
     scale: float = 1.0
@@ -28,10 +28,10 @@ class Shape(NamedTuple):
         return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
 
 
-PLAIN = Shape()
+UNCHANGED = LogitTransform()
 
 
-class Tokens(NamedTuple):
+class TokenLogps(NamedTuple):
     """Of N tokens at M positions; entropy and logit only where asked for, and without gradient."""
 
     logp: Tensor  # [N] nats
@@ -40,27 +40,30 @@ class Tokens(NamedTuple):
 
 
 class _LogProbs(torch.autograd.Function):
-    """z = shape(h W' + b) at M positions; log softmax(z)[row, target] for N tokens. See `LeanHead.logps`."""
+    """z = transform(h W' + b) at M positions; log softmax(z)[position, target] for N tokens. See `LeanHead.logps`.
+
+    Of the slices so far: `top` is the largest z, `total` sum exp(z - top), `first` sum z, `dot` sum exp(z - top) z. [M]
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor, target: Tensor, shape: Shape,
-        statistics: bool, dtype: torch.dtype, backward: bool,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor, target: Tensor,
+        transform: LogitTransform, statistics: bool, dtype: torch.dtype, backward: bool,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         h, count = hidden.to(dtype), len(hidden)
         top, total, first, dot = (h.new_zeros(count, dtype=wide) for _ in range(4))
         top.fill_(-torch.inf)
-        token = h.new_empty(len(row), dtype=wide)
+        token = h.new_empty(len(position), dtype=wide)
         trained = ctx.needs_input_grad[1] or (bias is not None and ctx.needs_input_grad[2])
-        frozen = backward and not trained and shape.cap is None
+        frozen = backward and not trained and transform.cap is None
         mean = h.new_zeros(hidden.shape, dtype=wide) if frozen else None  # expected row of the weight
         slices, buffer = _slices(count, weight, wide)
         for a, b in slices:
             w = weight[a:b].to(dtype)
-            z = shape(_logits(h, w, None if bias is None else bias[a:b], buffer))
+            z = transform(_logits(h, w, None if bias is None else bias[a:b], buffer))
             inside, at = _within(target, a, b)
-            torch.where(inside, z[row, at], token, out=token)
+            torch.where(inside, z[position, at], token, out=token)
             if statistics:
                 first += z.sum(-1)
             before, top = top, torch.maximum(top, z.amax(-1))
@@ -75,23 +78,25 @@ class _LogProbs(torch.autograd.Function):
                 mean.mul_(rescale[:, None]).add_(z.to(dtype) @ w)
         logsum = top + total.log()
         if backward:
-            kept = (buffer, top - logsum) if trained and shape.cap is None else None
-            ctx.kept, ctx.shape, ctx.dtype = kept, shape, dtype
+            kept = (buffer, top - logsum) if trained and transform.cap is None else None
+            ctx.kept, ctx.transform, ctx.dtype = kept, transform, dtype
             expected = None if mean is None else mean.div_(total[:, None])
-            ctx.save_for_backward(hidden, weight, bias, row, target, logsum, expected)
-        token -= logsum[row]
+            ctx.save_for_backward(hidden, weight, bias, position, target, logsum, expected)
+        token -= logsum[position]
         out = (logsum - dot / total, first / len(weight)) if statistics else (None, None)
         ctx.mark_non_differentiable(*(x for x in out if x is not None))
         return token, *out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden, weight, bias, row, target, logsum, expected = ctx.saved_tensors
+        hidden, weight, bias, position, target, logsum, expected = ctx.saved_tensors
         dtype, rest = ctx.dtype, (None,) * 6
-        position = logsum.new_zeros(len(hidden)).index_add_(0, row, gradient)  # of the gradients at one position
+        summed = logsum.new_zeros(len(hidden)).index_add_(0, position, gradient)  # [M]; the gradients at each position
         if expected is not None:
-            own = (gradient[:, None] * ctx.shape.scale) * weight[target]
-            d_hidden = (expected * (-ctx.shape.scale * position)[:, None]).index_add_(0, row, own.to(expected.dtype))
+            own = (gradient[:, None] * ctx.transform.scale) * weight[target]
+            d_hidden = (expected * (-ctx.transform.scale * summed)[:, None]).index_add_(
+                0, position, own.to(expected.dtype)
+            )
             return d_hidden.to(hidden.dtype), None, None, *rest
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         h = hidden.to(dtype)
@@ -104,18 +109,18 @@ class _LogProbs(torch.autograd.Function):
             w = weight[a:b].to(dtype)
             slope = None
             if kept:
-                dz = _view(buffer, len(h), b - a).mul_((-position * kept[1].exp())[:, None])
+                dz = _view(buffer, len(h), b - a).mul_((-summed * kept[1].exp())[:, None])
                 kept = None
             else:
-                dz = ctx.shape(_logits(h, w, None if bias is None else bias[a:b], buffer))
-                if ctx.shape.cap is not None:
-                    slope = 1 - (dz / ctx.shape.cap).square_()
-                dz.sub_(logsum[:, None]).exp_().mul_(-position[:, None])
+                dz = ctx.transform(_logits(h, w, None if bias is None else bias[a:b], buffer))
+                if ctx.transform.cap is not None:
+                    slope = 1 - (dz / ctx.transform.cap).square_()
+                dz.sub_(logsum[:, None]).exp_().mul_(-summed[:, None])
             inside, at = _within(target, a, b)
-            dz.index_put_((row, at), gradient.where(inside, 0), accumulate=True)
+            dz.index_put_((position, at), gradient.where(inside, 0), accumulate=True)
             if slope is not None:
                 dz.mul_(slope)
-            dz = (dz if ctx.shape.scale == 1 else dz.mul_(ctx.shape.scale)).to(dtype)
+            dz = (dz if ctx.transform.scale == 1 else dz.mul_(ctx.transform.scale)).to(dtype)
             if d_hidden is not None:
                 d_hidden.addmm_(dz, w) if dtype == d_hidden.dtype else d_hidden.add_(dz @ w)
             if d_weight is not None:
@@ -167,10 +172,10 @@ class LeanHead(NamedTuple):
     """A model's head, a plain matrix, and what the model does to its logits; it never holds all of them."""
 
     linear: nn.Linear
-    shape: Shape = PLAIN
+    transform: LogitTransform = UNCHANGED
 
-    def logps(self, hidden: Tensor, row: Tensor, target: Tensor, statistics: bool = False) -> Tokens:
-        """Log-probs of the N tokens `target`, predicted at `row` [N] of the M positions of `hidden` [M, width].
+    def logps(self, hidden: Tensor, position: Tensor, target: Tensor, statistics: bool = False) -> TokenLogps:
+        """Log-probs of the N tokens `target`, predicted at `position` [N] of the M positions of `hidden` [M, width].
 
         Logits are computed in the head's dtype, or autocast's, then float32 or better, as a forward pass would.
         Backward goes through once; derivatives of derivatives are not available.
@@ -179,16 +184,16 @@ class LeanHead(NamedTuple):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
         with torch.autocast(device, enabled=False):
-            found = _LogProbs.apply(hidden, weight, bias, row, target, self.shape, statistics, dtype, backward)
-        return Tokens(*found)
+            found = _LogProbs.apply(hidden, weight, bias, position, target, self.transform, statistics, dtype, backward)
+        return TokenLogps(*found)
 
 
-def shape_of(probed: Tensor, cap: float | None) -> Shape | None:
+def transform_of(probed: Tensor, cap: float | None) -> LogitTransform | None:
     """What a model made of logits that were PROBES: cap them at `cap`, or scale them; None if it is neither. [5]"""
     found = probed.detach().double().cpu()
     scale = float(found[PROBES.index(1.0)]) if len(found) == len(PROBES) else math.nan
-    shape = Shape(cap=cap) if cap else Shape(scale)
-    expected = shape(torch.tensor(PROBES, dtype=torch.float64))
+    transform = LogitTransform(cap=cap) if cap else LogitTransform(scale)
+    expected = transform(torch.tensor(PROBES, dtype=torch.float64))
     precision = 8 * torch.finfo(probed.dtype).eps
     same = found.shape == expected.shape and torch.allclose(found, expected, rtol=precision, atol=precision)
-    return shape if same else None
+    return transform if same else None

@@ -21,11 +21,11 @@ from cdpo.model.logps import Scorer, decoder, inputs_of, linear_head, one_by_one
 
 
 @torch.no_grad()
-def layout_for(scorer: Scorer, items: Sequence[Item], wanted: str) -> tuple[bool, str]:
-    """Whether rows must be padded, and why: packed trees are used where they give the numbers of the plain forward.
+def choose_layout(scorer: Scorer, items: Sequence[Item], wanted: str) -> tuple[bool, str]:
+    """Whether rows must be padded, and why; "" where packed trees give the numbers of the plain forward, on two Items.
 
-    Compares numbers on two Items, and finds out on the way how much of the head's work `scorer` can do itself.
-    `wanted` is the model's `attention`. Raises ConfigError for a model whose padded rows do not give those numbers.
+    Sets the model's attention, which for packed trees is another, and the scorer's `logit_transform`. `wanted` is the
+    `attention` of conf/model. Raises ConfigError for a model whose padded rows do not give the plain numbers either.
     """
     model = scorer.model
     probe = _probe(items)
@@ -33,12 +33,12 @@ def layout_for(scorer: Scorer, items: Sequence[Item], wanted: str) -> tuple[bool
 
     def agrees(padded: bool) -> bool:
         batch = pack(probe, padded=padded).to(expected.device)
-        return bool(((scorer(batch)[0] - expected).abs() <= rounding(model.dtype, batch.length)).all())
+        return bool(((scorer(batch)[0] - expected).abs() <= rounding_tolerance(model.dtype, batch.length)).all())
 
     rows = pack(probe, padded=True).to(expected.device)
-    scorer.shape = scorer.ask(lambda model: shape_of(model, rows))
+    scorer.logit_transform = scorer.ask(lambda model: logit_transform_of(model, rows))
     if not agrees(padded=True):
-        scorer.shape = None
+        scorer.logit_transform = None
         if not agrees(padded=True):
             raise ConfigError("padded rows give other log-probs than single ones: this model takes no batches")
     if wanted != "trees":
@@ -58,7 +58,7 @@ def layout_for(scorer: Scorer, items: Sequence[Item], wanted: str) -> tuple[bool
 
 
 @torch.no_grad()
-def shape_of(model: Any, batch: Batch) -> head.Shape | None:
+def logit_transform_of(model: Any, batch: Batch) -> head.LogitTransform | None:
     """What a model does to the logits of its head, a plain matrix; None if its own forward pass is the only way.
 
     Asked with PROBES for logits. The head's input must be what the decoder gives, and nothing else.
@@ -75,7 +75,7 @@ def shape_of(model: Any, batch: Batch) -> head.Shape | None:
     if len(kept) != 1 or not torch.equal(kept[0], hidden):
         return None
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return head.shape_of(probed.flatten(0, -2)[0], cap and float(cap))
+    return head.transform_of(probed.flatten(0, -2)[0], cap and float(cap))
 
 
 @contextmanager
@@ -105,12 +105,12 @@ def _probe(items: Sequence[Item]) -> list[Item]:
 
     chosen = min(items, key=lambda item: item.tokens), max(items, key=lambda item: (branches(item), item.tokens))
     return [
-        replace(item, responses=sorted(item.responses, key=len)[-4:], pairs=[], rewards=None, fitted=None)
+        replace(item, responses=sorted(item.responses, key=len)[-4:], pairs=[], rewards=None, fitted_rewards=None)
         for item in chosen
     ]
 
 
-def rounding(dtype: torch.dtype, length: Tensor) -> Tensor:
+def rounding_tolerance(dtype: torch.dtype, length: Tensor) -> Tensor:
     """How far two ways to score the same response with the same weights may differ, in nats, at most. [S] -> [S]
 
     The error of one token's logit is a few roundings of a logit of size 10; those of many tokens mostly cancel. The

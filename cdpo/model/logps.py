@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cdpo.model.attention import Trees
-from cdpo.model.head import LeanHead, Shape, Tokens
+from cdpo.errors import ConfigError
+from cdpo.model.attention import Trees, takes_trees
+from cdpo.model.head import LeanHead, LogitTransform, TokenLogps
 
 if TYPE_CHECKING:
     from cdpo.batch import Batch, Item
@@ -27,34 +28,37 @@ class Statistics(NamedTuple):
 class Scorer(nn.Module):
     """A model that is asked for the log-probs of responses.
 
-    Where it is known what the model does to the logits of its head (`shape`, which `layout_for` finds out), the model
-    runs without its head, whose work `LeanHead` does in less room. Else the model makes all logits.
+    Where it is known what the model does to the logits of its head (`logit_transform`, which `choose_layout` finds
+    out), the model runs without its head, whose work `LeanHead` does in less room. Else the model makes all logits.
 
     All that goes through the model goes through this module: where weights are sharded they are whole only within it.
     """
 
     model: Any
+    logit_transform: LogitTransform | None
 
-    def __init__(self, model: Any, shape: Shape | None = None) -> None:
+    def __init__(self, model: Any, logit_transform: LogitTransform | None = None) -> None:
         super().__init__()
-        self.model, self.shape = model, shape
+        self.model, self.logit_transform = model, logit_transform
 
     def forward(self, batch: Batch, statistics: bool = False) -> tuple[Tensor, Statistics | None]:
         """log pi(y|x) of every response, summed over its tokens, in nats; and statistics of its logits, if asked for.
 
-        [S], float64; 2 x [S]
+        [S], float64; 2 x [S]. Raises ConfigError for packed rows where the model's attention does not know of trees.
         """
+        if batch.attention_mask is None and not takes_trees(self.model):
+            raise ConfigError("this model does not attend over packed trees: ask choose_layout, or pack padded rows")
         head = linear_head(self.model)
-        if self.shape is None or head is None:
+        if self.logit_transform is None or head is None:
             logits = self.model(**inputs_of(batch, whole_model=True)).logits
             tokens = _plain(logits[0] if batch.attention_mask is None else _at(logits, batch), batch, statistics)
         else:
             hidden = _at(decoder(self.model)(**inputs_of(batch)).last_hidden_state, batch)
-            tokens = LeanHead(head, self.shape).logps(hidden, batch.row, batch.target, statistics)
+            tokens = LeanHead(head, self.logit_transform).logps(hidden, batch.position, batch.target, statistics)
         return _summed(tokens, batch), _statistics(tokens, batch) if statistics else None
 
     def ask(self, question: Callable[[Any], A]) -> A:
-        """What `question` makes of the model, whose weights are whole meanwhile."""
+        """question(model), with the model's weights whole meanwhile, where they are sharded."""
         return question(self.model)
 
 
@@ -85,15 +89,15 @@ def inputs_of(batch: Batch, whole_model: bool = False) -> dict[str, Any]:
     return {**ids, **wanted, "use_cache": False, "trees": Trees(batch)}
 
 
-def _plain(logits: Tensor, batch: Batch, statistics: bool) -> Tokens:
+def _plain(logits: Tensor, batch: Batch, statistics: bool) -> TokenLogps:
     """The same as `LeanHead.logps`, from logits at all positions. [M, vocabulary]"""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    token = logits[batch.row, batch.target] - logits.logsumexp(-1)[batch.row]
+    token = logits[batch.position, batch.target] - logits.logsumexp(-1)[batch.position]
     if not statistics:
-        return Tokens(token, None, None)
+        return TokenLogps(token, None, None)
     with torch.no_grad():
         entropy = torch.special.entr(logits.softmax(-1)).sum(-1)  # 0 log 0 = 0, where a logit is -inf
-        return Tokens(token, entropy, logits.mean(-1))
+        return TokenLogps(token, entropy, logits.mean(-1))
 
 
 def _at(values: Tensor, batch: Batch) -> Tensor:
@@ -101,14 +105,14 @@ def _at(values: Tensor, batch: Batch) -> Tensor:
     return values.flatten(0, 1)[batch.predict_at]
 
 
-def _summed(tokens: Tokens, batch: Batch) -> Tensor:
+def _summed(tokens: TokenLogps, batch: Batch) -> Tensor:
     return _by_response(tokens.logp.double(), batch)  # a float32 sum of 2,000 tokens is off by 1e-3
 
 
-def _statistics(tokens: Tokens, batch: Batch) -> Statistics:
+def _statistics(tokens: TokenLogps, batch: Batch) -> Statistics:
     assert tokens.entropy is not None
     assert tokens.logit is not None
-    return Statistics(*(_by_response(x[batch.row], batch) / batch.length for x in (tokens.entropy, tokens.logit)))
+    return Statistics(*(_by_response(x[batch.position], batch) / batch.length for x in (tokens.entropy, tokens.logit)))
 
 
 def _by_response(values: Tensor, batch: Batch) -> Tensor:

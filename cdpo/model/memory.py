@@ -39,7 +39,7 @@ def outline(spec: Config, tokenizer: Any, data: Any) -> Any:
     return policy
 
 
-def lasting(policy: Any, states: int) -> int:
+def persistent_bytes(policy: Any, states: int) -> int:
     """Bytes: weights; gradients and `states` more numbers for each that is trained; the copy of where it started."""
     weights = sum(p.numel() * p.element_size() for p in policy.parameters())
     trained = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
@@ -47,7 +47,7 @@ def lasting(policy: Any, states: int) -> int:
     return weights + (1 + states) * trained + start
 
 
-def per_token(policy: Any) -> float:
+def bytes_per_token(policy: Any) -> float:
     """Bytes that a forward pass keeps of each token for the backward pass, all but the head's logits.
 
     Measured, not looked up: `policy` may be a skeleton without weights, and adapters count as they do. Where layers are
@@ -85,8 +85,8 @@ def tokens_that_fit(policy: Any, states: int, memory: int, shards: int = 1, auto
     With `autocast` the weights in 32 bits have copies in 16.
     """
     copies = sum(2 * p.numel() for p in policy.parameters() if p.dtype == torch.float32) if autocast else 0
-    free = SHARE * (memory - (lasting(policy, states) + copies) / shards - 2 * CHUNK)
-    each, tokens = per_token(policy), MICRO_BATCH
+    free = SHARE * (memory - (persistent_bytes(policy, states) + copies) / shards - 2 * CHUNK)
+    each, tokens = bytes_per_token(policy), MICRO_BATCH
     while tokens > LEAST and tokens * each > free:
         tokens //= 2
     return tokens

@@ -21,7 +21,7 @@ from torch import Tensor
 from cdpo.batch import Batch, Item, Logps
 from cdpo.data.packing import Scored
 from cdpo.errors import ConfigError, NumericsError
-from cdpo.model.layout import rounding
+from cdpo.model.layout import rounding_tolerance
 from cdpo.model.logps import Scorer
 from cdpo.system import cache
 from cdpo.system.ranks import Ranks
@@ -117,7 +117,7 @@ class ReferencePass:
                 return scorer(scored.batch(indices))[0].cpu()
 
         portions = scored.portions(self.micro_batch)
-        for indices, sums in zip(portions, self.ranks.dealt(portions, work)):
+        for indices, sums in zip(portions, self.ranks.mapped(portions, work)):
             _check_finite(sums, scored.batch(indices))
             for i, part in zip(indices, sums.split([len(scored.items[i].responses) for i in indices])):
                 parts[i] = part
@@ -150,7 +150,7 @@ def _differences(scorer: Scorer, scored: Scored) -> Iterator[tuple[Batch, Logps,
     for _, batch in scored.batches(sum(item.tokens for item in scored.items)):
         with torch.no_grad():
             logps = batch.logps(scorer(batch)[0])
-        yield batch, logps, logps.log_ratio().abs(), rounding(dtype, logps.length)
+        yield batch, logps, logps.log_ratio().abs(), rounding_tolerance(dtype, logps.length)
 
 
 def check_start(scorer: Scorer, scored: Scored) -> float:
@@ -177,7 +177,7 @@ def check_loaded(scorer: Scorer, witness: Item, before: Tensor, scored: Scored) 
     found = next(one for item, one in zip(scored.items, scored.reference) if item is witness)
     length = torch.tensor([len(response) for response in witness.responses])
     off = (found - before.cpu()).abs()
-    if not bool((off <= rounding(_least_precise(scorer, scored.device), length)).all()):
+    if not bool((off <= rounding_tolerance(_least_precise(scorer, scored.device), length)).all()):
         raise ConfigError(
             f"sharded, the policy scores {witness.source} {float(off.max()):.6f} nats off the model as it was loaded: "
             "does a constraint change the policy before the first step?"

@@ -18,7 +18,6 @@ from cdpo.report.labels import CONSTRAINT, LOSS, text, titled
 from cdpo.report.plotting import FAINT, Drawing, Panels, line, looks, panels
 from cdpo.report.runs import CONFIG, histograms, history
 
-Points = list[tuple[float, float, float]]  # (x, mean, standard error or NaN)
 METRICS = ("objective/attained", "objective/kl", "eval/loss", "loss")
 POINTS = 200  # points; longer curves are thinned
 VIEWS = {"log_gamma": "log γ (filled: log λ)", "effective_weight": "effective weight"}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from os.path import commonprefix  # of the characters
 from typing import TYPE_CHECKING, Any
 
-from cdpo.config.identity import FREE
+from cdpo.config.identity import NOT_IN_DIGEST
 from cdpo.report.runs import CONFIG, GROUPS
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ NUMERICAL = (  # keys of trainer that change numbers by rounding at most
     *("samples", "sample_tokens", "device", "threads"),
     *("tokens_per_micro_batch", "gradient_checkpointing", "compile"),
 )
-WITHOUT = ("loss.", "restart", "allow_targets", "task", *FREE)
+WITHOUT = ("loss.", "restart", "allow_targets", "study", *NOT_IN_DIGEST)
 LEVELS = ("rank", "radius", "strength", "budget", "k", "fraction", "p", "step", "kl", "train_last_layers", "patience")
 LOSS, CONSTRAINT = "loss_label", "constraint_label"
 NO_NUMBER = "–"  # where a table has none
@@ -29,15 +29,20 @@ NO_NUMBER = "–"  # where a table has none
 
 @dataclass(frozen=True)
 class Labelled:
-    """Runs that trained, with the columns loss_label, constraint_label, family, level_name, level, problem, pool,
-    seeds, setting, is_ceiling; and the `settings`: columns that vary besides, which no mean may mix."""
+    """Runs that trained, with columns that say which may be compared; and the `settings`, which vary besides.
+
+    loss_label, constraint_label: their names in tables, with those options that vary. family, level_name, level: the
+    kind of constraint, and its number on the axis of a figure, such as lora, rank, 8. problem: all that a gap to RLHF
+    must have in common; pool: the same but for the strength of a penalty. seeds: what draws the data and the start.
+    setting: the `settings` of the run, which no mean may mix. is_ceiling: whether the run maximises J itself.
+    """
 
     runs: pd.DataFrame
     settings: list[str]
 
 
 def label(runs: pd.DataFrame) -> Labelled:
-    """Give every run that trained (no task, a config) its labels, its problem and its seeds."""
+    """Give every run that trained (no study, a config) its labels, its problem and its seeds."""
     frame = _relevant(runs)
     words = frame[[c for c in frame if c.startswith(CONFIG) or c in (*GROUPS, "constraint")]].map(text)
     frame[LOSS], frame[CONSTRAINT] = _loss_labels(words), _constraint_labels(words)
@@ -86,9 +91,9 @@ def _relevant(runs: pd.DataFrame) -> pd.DataFrame:
     The optimizer only searches, so it is none; unless the path decides (early_stop), or it shares in what is optimised:
     decoupled decay under AdamW is another penalty than under SGD, and with momentum a weaker one.
     """
-    tasks = [c for c in runs if c.startswith(f"{CONFIG}task") and c != f"{CONFIG}task"]
+    studies = [c for c in runs if c.startswith(f"{CONFIG}study") and c != f"{CONFIG}study"]
     trained = runs[f"{CONFIG}seed"].notna() if f"{CONFIG}seed" in runs else runs["state"] != "missing"
-    frame = runs[trained & runs[tasks].isna().all(axis=1)].copy()
+    frame = runs[trained & runs[studies].isna().all(axis=1)].copy()
     path = frame["constraint"].map(lambda c: any(name.startswith("early_stop") for name in names(c))).astype(bool)
     decays = frame["constraint"].map(lambda c: bool(set(names(c)) & set(PENALTIES))).astype(bool)
     for column in [c for c in frame if c == "optimizer" or c.startswith(f"{CONFIG}optimizer.")]:
@@ -172,7 +177,7 @@ def _is_ceiling(row: dict[str, str]) -> bool:
     """Whether the run maximises J itself: RLHF on the true rewards, with J's beta."""
     target, rewards = row.get(f"{CONFIG}loss._target_", ""), row.get(f"{CONFIG}loss.rewards", "")
     same_beta = row.get(f"{CONFIG}loss.beta", "") in ("", row.get(f"{CONFIG}beta", ""))
-    return (target.endswith(".RLHF") if target else row["loss"] == "rlhf") and rewards in ("", "true") and same_beta
+    return (target.endswith(".RLHF") if target else row["loss"] == "rlhf") and rewards in ("", "data") and same_beta
 
 
 def _seeds(words: pd.DataFrame) -> list[str]:
@@ -204,13 +209,13 @@ def _settings(words: pd.DataFrame) -> list[str]:
     return kept
 
 
-def number(value: Any, error: Any = None, digits: int = 3) -> str:
+def number(value: Any, error: Any = None) -> str:
     """`0.123 ± 0.004`; without a standard error where there is none, and zero without a sign."""
     if is_null(value):
         return NO_NUMBER
-    rounded = f"{float(value):.{digits}f}"
+    rounded = f"{float(value):.3f}"
     rounded = rounded.lstrip("-") if float(rounded) == 0 else rounded
-    return rounded if is_null(error) else f"{rounded} ± {float(error):.{digits}f}"
+    return rounded if is_null(error) else f"{rounded} ± {float(error):.3f}"
 
 
 def titled(what: object, setting: object) -> str:

@@ -134,9 +134,9 @@ def _cause(state: str, status: Mapping[str, Any], summary: Mapping[str, Any], li
 def _choices(config: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     """What was chosen in each group; the name of the class where an old run has not written it down.
 
-    A task, which does not train, has chosen its experiment only.
+    A study, which does not train, has chosen its experiment only.
     """
-    if config.get("task"):
+    if config.get("study"):
         return dict.fromkeys((*GROUPS, "constraint")) | {"experiment": saved.get("experiment")}
     constraints = config.get("constraint", saved.get("constraint"))
     listed = [str(name) for name in constraints] if isinstance(constraints, (Mapping, list)) else []

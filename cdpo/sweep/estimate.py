@@ -13,20 +13,20 @@ from rich.table import Table
 
 from cdpo.config.schema import Config
 from cdpo.config.task import Task
-from cdpo.model.memory import lasting, outline
+from cdpo.model.memory import outline, persistent_bytes
 from cdpo.model.pretrained import check_lengths
-from cdpo.sweep.tasks import Outcome, failure
+from cdpo.sweep.outcome import Outcome, failure
 from cdpo.training.checks import checked
 from cdpo.training.directory import RunDirectory
 from cdpo.training.job import quiet_libraries
 from cdpo.training.prepare import Sets, sets_of, tokenised
-from cdpo.training.run import check_fit
+from cdpo.training.run import check_sizes
 
 DATA = ("dataset", "model", "loss", "seed")  # what decides on the Items of a run
 
 
 class Estimate(NamedTuple):
-    """Of one run."""
+    """What one run would take; None where it is not known."""
 
     items: int | None = None  # prompts with their responses, to train on
     steps: int | None = None  # of the optimizer, at most
@@ -60,13 +60,14 @@ def _asked(task: Task, newest: dict[str, Any]) -> tuple[Outcome, Estimate]:
 
 
 def estimate(composed: dict[str, Any], newest: dict[str, Any]) -> Estimate:
-    """What a run would take; empty for a task, which does not train. Neighbours in a grid share data: `newest`.
+    """What a run would take; empty for a study, which does not train. `newest` keeps the data of the
+    run that was asked for last, as neighbours in a grid share them.
 
     Raises what the run itself would, for its config, data, tokenizer and constraints.
     """
     quiet_libraries()
     spec = checked(composed)
-    if spec.task is not None:
+    if spec.study is not None:
         return Estimate()
     key = json.dumps([composed[name] for name in DATA])
     if key not in newest:
@@ -74,12 +75,12 @@ def estimate(composed: dict[str, Any], newest: dict[str, Any]) -> Estimate:
         newest[key] = _data(spec)
     data, tokenizer, sets = newest[key]
     items = len(sets.train)
-    check_fit(spec.optimizer, spec.trainer, spec.constraint, items, len(sets.held_out))
+    check_sizes(spec.optimizer, spec.trainer, spec.constraint, items, len(sets.held_out))
     policy = outline(spec, tokenizer, data)
     check_lengths(policy, sets.longest())
     numbers = sum(p.numel() for p in policy.parameters())
     trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    gib = lasting(policy, spec.optimizer.states) / 2**30
+    gib = persistent_bytes(policy, spec.optimizer.states) / 2**30
     return Estimate(items, spec.trainer.steps(items), numbers, trainable, gib)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from cdpo.config.task import Task, write_task
 from cdpo.errors import ConfigError
 from cdpo.sweep.estimate import dry_run
-from cdpo.sweep.tasks import Outcome, earlier, end, failure
+from cdpo.sweep.outcome import Outcome, earlier, end, failure
 from cdpo.system.locks import locked
 from cdpo.system.rendezvous import place
 from cdpo.training.checks import checked

@@ -22,7 +22,7 @@ from typing import Any
 
 from cdpo.config.task import Task, file_of, read_task
 from cdpo.sweep.launch import at_least
-from cdpo.sweep.tasks import INTERRUPTED, Outcome, own_word, read_ending
+from cdpo.sweep.outcome import PREEMPTED, Outcome, read_ending, reported
 from cdpo.sweep.worker import carry_out
 from cdpo.system.progress import Progress
 from cdpo.system.signals import Signals
@@ -56,7 +56,7 @@ class Local:
                 ended = json.loads(line)
                 codes[ended["file"]] = ended["code"]
                 bar.update(len(codes))
-        return [own_word(task) or read_ending(task) or _killed(task, codes.get(file)) for file, task in by_file.items()]
+        return [reported(task) or read_ending(task) or _killed(task, codes.get(file)) for file, task in by_file.items()]
 
 
 @contextmanager
@@ -81,7 +81,7 @@ def _killed(task: Task, code: int | None) -> Outcome:
     """The outcome of a process that ended without a word; None: it was never started."""
     if code is None:
         ending = "not started, as the sweep was asked to stop; the same command starts it"
-        return Outcome(task, ending, INTERRUPTED)
+        return Outcome(task, ending, PREEMPTED)
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended by an exit({code})"
     return Outcome(task, f"{how}, see {RunDirectory(task.directory).output_log}; the same command goes on", 1)
 

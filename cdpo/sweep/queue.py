@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from cdpo.errors import ConfigError
 
+LAG_S = 10.0  # how long accounting may know less than the queue
+
 
 def max_array_size() -> int:
     """How many jobs one array may have at this site."""
@@ -49,9 +51,9 @@ def accounted(ids: Sequence[str]) -> dict[str, str]:
     return {parts[0]: " ".join(parts[1:]) for parts in (line.split("|") for line in lines) if len(parts) == 3}
 
 
-def settled(ids: Sequence[str], seconds: float = 10.0) -> dict[str, str]:
-    """The same of jobs that have left the queue: accounting may lag behind it, and is asked again for some seconds."""
-    deadline = time.monotonic() + seconds
+def settled(ids: Sequence[str]) -> dict[str, str]:
+    """The same of jobs that have left the queue: accounting may lag behind it, and is asked again for a while."""
+    deadline = time.monotonic() + LAG_S
     while ids and "accounting_storage/none" not in _output("scontrol", "show", "config"):
         found = accounted(ids)
         states = {found.get(one, "PENDING").split()[0] for one in ids}

@@ -18,8 +18,8 @@ from cdpo.config.task import Task, file_of
 from cdpo.errors import ConfigError
 from cdpo.sweep import queue
 from cdpo.sweep.launch import at_least
+from cdpo.sweep.outcome import PREEMPTED, Outcome, reported
 from cdpo.sweep.queue import Queued
-from cdpo.sweep.tasks import INTERRUPTED, Outcome, own_word
 from cdpo.sweep.worker import SlurmJob
 from cdpo.system.files import read_json, write_json
 from cdpo.system.progress import Progress
@@ -86,7 +86,7 @@ class Slurm:
                 time.sleep(self.poll_s)
             bar.update(len(ids))
         over = [(task, job) for task, job in zip(tasks, ids) if job not in states]
-        accounts = queue.settled([job for task, job in over if own_word(task) is None])
+        accounts = queue.settled([job for task, job in over if reported(task) is None])
         return [_outcome(task, job, states, accounts) for task, job in zip(tasks, ids)]
 
     def _still(self, ids: list[str], before: dict[str, Queued]) -> dict[str, Queued]:
@@ -101,10 +101,10 @@ class Slurm:
 def _outcome(task: Task, job: str, states: dict[str, Queued], accounts: dict[str, str]) -> Outcome:
     """What a run says of itself; else what SLURM does."""
     if job in states:
-        return Outcome(task, f"job {job} is {states[job].state.lower()}: cdpo-status, scancel {job}", INTERRUPTED)
+        return Outcome(task, f"job {job} is {states[job].state.lower()}: cdpo-status, scancel {job}", PREEMPTED)
     account = accounts.get(job, "without a word, and there is no accounting")
     ended = f"job {job} was ended by SLURM ({account}), and jobs.json names its logs; the same command goes on"
-    return own_word(task) or Outcome(task, ended, 1)
+    return reported(task) or Outcome(task, ended, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------- submission

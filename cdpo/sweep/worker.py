@@ -17,13 +17,15 @@ from typing import Any
 
 from cdpo.config.task import REQUEUES, Task, file_of, read_task
 from cdpo.errors import Preempted, rank_0_says
-from cdpo.sweep.tasks import done, failure, write_ending
+from cdpo.sweep.outcome import done, failure, write_ending
 from cdpo.system.files import read_json, write_json
 from cdpo.system.rendezvous import place
 from cdpo.system.signals import Signals
 from cdpo.training.directory import RunDirectory
 
 log = logging.getLogger(__name__)
+
+ATTEMPTS = 5  # to requeue a job
 
 
 def carry_out(file: Path, threads: int | None = None) -> Exception | None:
@@ -62,10 +64,10 @@ def _log_to(path: Path) -> None:
     logging.getLogger("cdpo").setLevel(logging.INFO)
 
 
-def _requeue(job: str, times: int = 5) -> None:
+def _requeue(job: str) -> None:
     """Ask the controller to; a busy one may not answer at first. Raises what subprocess does if it never does."""
-    for again in range(times):
-        last = again + 1 == times
+    for again in range(ATTEMPTS):
+        last = again + 1 == ATTEMPTS
         with suppress(*([] if last else [subprocess.CalledProcessError, subprocess.TimeoutExpired])):
             subprocess.run(["scontrol", "requeue", job], timeout=20, check=True)
             return
@@ -95,7 +97,7 @@ class SlurmJob:
         return DelayedSubmission(self)
 
     def may_requeue(self, task: Task) -> bool:
-        """Whether steps advanced since the last requeue, or it was not asked for too often without; counts it."""
+        """Whether steps were done since the last requeue, or at most `max_requeues` in a row without any; it counts."""
         path, step = file_of(task, REQUEUES), RunDirectory(task.directory).step()
         before = read_json(path) if path.is_file() else {"step": -1, "without_progress": 0, "total": 0}
         idle = 0 if step > before["step"] else before["without_progress"] + 1
@@ -106,7 +108,7 @@ class SlurmJob:
         return True
 
     def _stop(self, signal: str | None) -> None:
-        """SIGTERM: wait for the kill; who ends early was COMPLETED or FAILED, and a preempted job is not requeued.
+        """After SIGTERM wait to be killed: SLURM requeues a preempted job, but not one that has ended by itself.
 
         USR1, USR2: time is up; requeue. Never after SIGTERM, which scancel sends too: a requeue would revive the job.
         """

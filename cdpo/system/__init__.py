@@ -1,5 +1,5 @@
 """Files, locks, ranks, signals: what any long job needs. Nothing here knows of learning."""
 
-from cdpo.system.logger import Nothing, Wandb
+from cdpo.system.logger import NoLogger, Wandb
 
-__all__ = ["Nothing", "Wandb"]
+__all__ = ["NoLogger", "Wandb"]

@@ -24,7 +24,7 @@ WAITING = 10_000  # rows that may wait for wandb before it is given up
 
 
 @dataclass
-class Nothing:
+class NoLogger:
     """No copy: metrics.jsonl alone."""
 
     def start(self, folder: Path, config: Mapping[str, Any], group: str | None = None, after: int = -1) -> None:

@@ -1,4 +1,4 @@
-"""Ranks: the processes that train one run together, what they tell each other, and how the weights lie on them.
+"""Ranks: the processes that train one run together, what they tell each other, and strategy the weights lie on them.
 
 Data parallel without a wrapper: every rank adds up the gradient of its own micro-batches, and one sum over the ranks
 ends the step. So a rank may have no micro-batch at all, and no hook depends on what a backward pass used.
@@ -38,7 +38,7 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
-    how: str = "none"  # none, ddp (every rank holds all weights) or fsdp (each holds a shard)
+    strategy: str = "none"  # none, ddp (every rank holds all weights) or fsdp (each holds a shard)
 
     @property
     def first(self) -> bool:
@@ -48,9 +48,9 @@ class Ranks:
     @property
     def sharded(self) -> bool:
         """Whether forward and backward passes exchange weights, so that all ranks need equally many."""
-        return self.how == "fsdp"
+        return self.strategy == "fsdp"
 
-    def gather(self, value: A) -> list[A]:
+    def all_gather(self, value: A) -> list[A]:
         """The value of every rank, in order; CPU tensors and plain values. Raises RankLost."""
         if self.size == 1:
             return [value]
@@ -61,9 +61,9 @@ class Ranks:
 
     def agreed(self, signal: str | None) -> str | None:
         """The name of a signal that any rank has received, the first rank's first; None if there is none."""
-        return next(filter(None, self.gather(signal)), None)
+        return next(filter(None, self.all_gather(signal)), None)
 
-    def each(self, work: Callable[[], A], through_model: bool = False) -> list[A]:
+    def on_all(self, work: Callable[[], A], through_model: bool = False) -> list[A]:
         """What `work` returns on every rank; the error of one rank is raised on all.
 
         If work goes `through_model`, sharded ranks exchange weights in it: there an error ends its own rank, and the
@@ -78,7 +78,7 @@ class Ranks:
             if through_model and self.sharded:
                 raise
             error = _portable(fault, self.rank)
-        results: list[tuple[Any, Exception | None]] = self.gather((result, error))
+        results: list[tuple[Any, Exception | None]] = self.all_gather((result, error))
         for _, failed in results:
             if failed is not None:
                 failed.told = True  # type: ignore[attr-defined]  # rank 0 says it for all
@@ -87,23 +87,23 @@ class Ranks:
 
     def from_first(self, work: Callable[[], A]) -> A:
         """What `work` returns on rank 0, the only rank that does it."""
-        return self.each(lambda: work() if self.first else None)[0]  # type: ignore[return-value]
+        return self.on_all(lambda: work() if self.first else None)[0]  # type: ignore[return-value]
 
-    def dealt(self, portions: Sequence[A], work: Callable[[A], Tensor]) -> Iterator[Tensor]:
+    def mapped(self, portions: Sequence[A], work: Callable[[A], Tensor]) -> Iterator[Tensor]:
         """work(portion) of every portion, in order: each rank does every size-th, and all get all results, on the CPU.
 
         In the last round a rank without a portion repeats one: sharded ranks must go through the model equally often.
         """
         for start in range(0, len(portions), self.size):
             own = portions[min(start + self.rank, len(portions) - 1)]
-            results = self.each(lambda own=own: self._alike(work(own)), through_model=True)  # type: ignore[misc]
+            results = self.on_all(lambda own=own: self._alike(work(own)), through_model=True)  # type: ignore[misc]
             yield from results[: len(portions) - start]
 
     def _alike(self, tensor: Tensor) -> Tensor:
         """A tensor as it can travel: on the CPU, unless it need not."""
         return tensor if self.size == 1 else tensor.cpu()
 
-    def add(self, tensor: Tensor) -> Tensor:
+    def all_sum(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks, in place, the same bits on all of them. Raises RankLost."""
         if self.size > 1:
             with _lost():
@@ -115,15 +115,15 @@ class Ranks:
         plain = [p for p in parameters if not isinstance(p, DTensor)]
         if self.size == 1 or not plain:
             return
-        there = self.add(torch.tensor([p.grad is not None for p in plain], dtype=torch.int, device=plain[0].device))
+        there = self.all_sum(torch.tensor([p.grad is not None for p in plain], dtype=torch.int, device=plain[0].device))
         for bucket in _buckets([p for p, count in zip(plain, there.tolist()) if count]):
             parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-            flat = self.add(torch.cat([part.flatten() for part in parts]))
+            flat = self.all_sum(torch.cat([part.flatten() for part in parts]))
             for p, part in zip(bucket, flat.split([p.numel() for p in bucket])):
                 p.grad = part.view_as(p)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a sharded tensor, on every rank; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -131,7 +131,7 @@ def whole(tensor: Tensor) -> Tensor:
 def whole_tree(tree: Any, keep: bool) -> Any:
     """A tree of plain values with sharded tensors made whole, one by one, and kept on the CPU; None if not `keep`."""
     if isinstance(tree, DTensor):
-        found = whole(tree.detach())
+        found = full_tensor(tree.detach())
         return found.cpu() if keep else None
     if isinstance(tree, Mapping):
         return {key: whole_tree(value, keep) for key, value in tree.items()}
@@ -140,7 +140,7 @@ def whole_tree(tree: Any, keep: bool) -> Any:
     return tree
 
 
-def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+def sharded_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """A whole tensor sharded as `parameter` is; as it is where that is not sharded, or of another shape."""
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
         return tensor
@@ -204,19 +204,19 @@ def _lost() -> Iterator[None]:
 
 
 @contextmanager
-def started(how: str, cuda: bool) -> Iterator[Ranks]:
+def process_group(strategy: str, cuda: bool) -> Iterator[Ranks]:
     """The process group of this run, ended with the block; none for one process that holds all weights.
 
-    Raises ConfigError where several ranks were started and `how` is none, RankLost if they do not find each other.
+    Raises ConfigError where several ranks were started and `strategy` is none, RankLost if they do not find each other.
     """
     here = place()
     rank, size, local = here
-    if how == "none" and size > 1:
+    if strategy == "none" and size > 1:
         raise ConfigError(
             f"{size} ranks were started, and trainer.distributed=none trains in one process: set "
             "trainer.distributed=ddp (or fsdp, to shard the weights), or start one"
         )
-    if size == 1 and how != "fsdp":
+    if size == 1 and strategy != "fsdp":
         yield Ranks()
         return
     if cuda:
@@ -227,7 +227,7 @@ def started(how: str, cuda: bool) -> Iterator[Ranks]:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT, rank=rank, world_size=size, store=store)
     try:
-        yield Ranks(rank, size, how)
+        yield Ranks(rank, size, strategy)
     finally:
         _end()
 

@@ -131,7 +131,7 @@ class RunDirectory:
             raise
         write_json(self.status, {"state": read_json(self.summary)["state"], **where})
 
-    def forget_bare(self) -> bool:
+    def remove_if_bare(self) -> bool:
         """Remove a directory in which nothing was begun; returns whether it was one."""
         logs = {self.train_log.name, self.output_log.name}
         bare = self.path.is_dir() and {path.name for path in self.path.iterdir()} <= logs

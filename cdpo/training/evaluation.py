@@ -49,7 +49,7 @@ def evaluate(run: Run) -> Evaluation:
         return torch.stack([sums, *(one.double() for one in statistics)])
 
     portions = scored.portions(run.trainer.micro_batch)
-    for indices, found in zip(portions, run.ranks.dealt(portions, work)):
+    for indices, found in zip(portions, run.ranks.mapped(portions, work)):
         run.session.pause()
         policy, *rest = found.to(scored.device)
         with torch.no_grad():
@@ -69,13 +69,12 @@ class _Tables:
         self.sources: list[str] = []  # of the prompts
 
     def add(self, run: Run, logps: Logps, statistics: Statistics) -> None:
-        reward_beta, objective_beta = run.betas
         self.means.add("loss", per_unit(run.loss, logps), unit_weight(run.loss, logps))
-        add_pair_metrics(self.means, logps, statistics, reward_beta)
-        view = gaussian_view(logps.chosen_first(), reward_beta)
+        add_pair_metrics(self.means, logps, statistics, run.reward_beta)
+        view = gaussian_view(logps.chosen_first(), run.reward_beta)
         _append(self.pairs, {"correct": correct(logps), "weight": logps.weight, **view})
         if logps.rewards is not None:
-            _append(self.prompts, objective(logps, objective_beta))
+            _append(self.prompts, objective(logps, run.objective_beta))
             self.sources += logps.sources
 
     def summarised(self) -> Evaluation:

@@ -12,14 +12,14 @@ from cdpo.system.files import write_json
 from cdpo.training.run import Run
 
 
-def not_finite(run: Run, objective: float, norm: float) -> NumericsError:
+def nonfinite_error(run: Run, objective: float, norm: float) -> NumericsError:
     """Why the step cannot be taken: the responses whose log-probs are not finite, else all rows of the step.
 
     The rows are written to nonfinite.json.
     """
     if not run.ranks.sharded:
-        run.ranks.each(lambda: _check_log_probs(run))
-    items = [run.train.items[i] for i in run.plan.chosen(run.state.step)]
+        run.ranks.on_all(lambda: _check_log_probs(run))
+    items = [run.train.items[i] for i in run.plan.step_items(run.state.step)]
     sources, path = [item.source for item in items], run.directory.nonfinite
     if run.ranks.first:
         write_json(path, {"step": run.state.step, "objective": str(objective), "grad_norm": str(norm), "rows": sources})

@@ -22,7 +22,7 @@ from cdpo.model.export import export
 from cdpo.model.memory import explained
 from cdpo.system.files import write_json
 from cdpo.system.locks import locked
-from cdpo.system.ranks import started, whole_tree
+from cdpo.system.ranks import process_group, whole_tree
 from cdpo.system.signals import Signals
 from cdpo.training.checks import checked
 from cdpo.training.directory import RunDirectory
@@ -45,7 +45,7 @@ def run(task: Task, threads: int | None = None) -> dict[str, Any]:
     quiet_libraries()
     spec, directory = checked(task.composed), RunDirectory(task.directory)
     torch.set_num_threads(spec.trainer.threads or threads or THREADS)
-    with ExitStack() as held, started(spec.trainer.distributed, on_gpu(spec.trainer)) as ranks:
+    with ExitStack() as held, process_group(spec.trainer.distributed, on_gpu(spec.trainer)) as ranks:
 
         def begun() -> dict[str, Any] | None:
             held.enter_context(locked(directory.path))
@@ -59,7 +59,7 @@ def run(task: Task, threads: int | None = None) -> dict[str, Any]:
         with Signals() as signals:
             session = Session(spec, task, ranks, device_of(spec.trainer), signals)
             with _told(session):
-                return _train(session) if spec.task is None else _other(session)
+                return _train(session) if spec.study is None else _other(session)
 
 
 def quiet_libraries() -> None:
@@ -110,7 +110,7 @@ def _other(session: Session) -> dict[str, Any]:
     """What an experiment does instead of training."""
     if session.ranks.size > 1:
         raise ConfigError("this experiment does not train: start one process")
-    metrics = session.spec.task.run(session.directory.path, session.spec.seed, session.pause)
+    metrics = session.spec.study.run(session.directory.path, session.spec.seed, session.pause)
     summary = {"state": "finished", "metrics": metrics}
     write_json(session.directory.summary, summary)
     return summary
@@ -140,7 +140,7 @@ def _summary(run: Run, before: dict[str, Any]) -> dict[str, Any]:
         "change/norm": change.norm(),
         "change/max_abs": change.max_abs(),
         "change/effective_rank": change.effective_rank(),
-        "metrics": state.last,
+        "metrics": state.latest,
         "constraint": {name: constraint.report() for name, constraint in run.constraints.items()},
     }
     run.ranks.from_first(lambda: write_json(run.directory.summary, summary))

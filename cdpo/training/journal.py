@@ -21,7 +21,7 @@ SHOWN = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accur
 
 
 class Journal:
-    """The files as they were at step `saved`, to be gone on with. Within the block the bar is shown."""
+    """Opens the files of a run, cut back to step `saved`, and adds to them. Within the block the bar is shown."""
 
     def __init__(self, run: Run, saved: int) -> None:
         self.run, self.directory, self.logger = run, run.directory, run.session.spec.logger
@@ -47,11 +47,13 @@ class Journal:
         """A step is done: its row, if it is one of every `log_every`, and how far the run is."""
         state = self.run.state
         if state.step % self.run.trainer.log_every == 0:
-            state.fresh |= self.run.data_rates | {"change/norm": self.run.change.norm()}
-            self.record(state.fresh)
+            state.step_metrics |= self.run.data_rates | {"change/norm": self.run.change.norm()}
+            self.record(state.step_metrics)
         if self.writes:
             self.heartbeat.beat(state.step)
-        self.bar.update(state.step, **{name: state.fresh[key] for name, key in SHOWN.items() if key in state.fresh})
+        self.bar.update(
+            state.step, **{name: state.step_metrics[key] for name, key in SHOWN.items() if key in state.step_metrics}
+        )
 
     def evaluated(self, found: Evaluation) -> None:
         """An evaluation: its numbers and those of the constraints, its histograms, at the end the table of prompts."""
@@ -74,7 +76,7 @@ class Journal:
         """Remember the newest values, write them to metrics.jsonl, and hand a copy to the logger."""
         if not row:
             return
-        self.run.state.last |= row
+        self.run.state.latest |= row
         if self.writes:
             self.metrics.log({"step": self.run.state.step, **row})
             self.logger.log({"step": self.run.state.step, **row})

@@ -21,9 +21,9 @@ from cdpo.measure.pairs import add_log_ratio, add_pair_metrics
 from cdpo.model.logps import Statistics
 from cdpo.system import checkpoint
 from cdpo.system.metrics import Means
-from cdpo.system.ranks import whole
+from cdpo.system.ranks import full_tensor
 from cdpo.training.evaluation import evaluate, sample
-from cdpo.training.finite import check_weights, not_finite
+from cdpo.training.finite import check_weights, nonfinite_error
 from cdpo.training.journal import Journal
 from cdpo.training.run import Run, State, restore, snapshot
 
@@ -37,8 +37,8 @@ def fit(run: Run) -> State:
     run.policy.train()  # all of it: peft leaves the root of a model in eval mode in training mode
     with Journal(run, saved) as journal:
         while True:
-            if state.looked < state.step:
-                look(run, journal)
+            if state.evaluated < state.step:
+                evaluate_if_due(run, journal)
             stop = run.session.stop_requested()
             due = state.step > 0 and state.step % run.trainer.checkpoint_every == 0
             if state.step > saved and (due or stop or run.ended):
@@ -57,8 +57,8 @@ def fit(run: Run) -> State:
 
 def take_step(run: Run) -> None:
     """One optimizer step on the exact gradient over all micro-batches, with the constraints' hooks around it."""
-    began, rate = time.perf_counter(), run.optimizer.at(run.state.step, run.plan.steps)
-    for group in run.optim.param_groups:
+    began, rate = time.perf_counter(), run.optimizer_config.learning_rate_at(run.state.step, run.plan.steps)
+    for group in run.optimizer.param_groups:
         group["lr"] = rate
     if not run.policy.training:
         run.policy.train()
@@ -71,18 +71,19 @@ def take_step(run: Run) -> None:
                 constraint.before_step(run.policy, rate)
         return rows[-1]["objective"]
 
-    run.optim.step(closure)
+    run.optimizer.step(closure)
     row = {**rows[0], "learning_rate": rate}
     with torch.no_grad():
         for constraint in run.constraints.values():
             constraint.after_step(run.policy, row)
-    count(run, row, began)
+    finish_step(run, row, began)
 
 
 def gradient(run: Run, first: bool = True) -> dict[str, float]:
     """Gradient of the mean over all pairs (or Items) of a step, however it is split. Returns the step's metrics.
 
-    What needs them is measured at the `first` evaluation of a step, the rest of it only where the step is logged.
+    These are collected at the `first` evaluation of a step (L-BFGS makes several): what constraints and losses need in
+    every step, the metrics of pairs in steps that are logged.
 
     Raises NumericsError, with the rows written to nonfinite.json, if the objective or the gradient norm is not finite.
     """
@@ -90,22 +91,24 @@ def gradient(run: Run, first: bool = True) -> dict[str, float]:
         parameter.grad = None
     means, ranks = Means(), run.ranks
     sums = torch.zeros(2, dtype=torch.float64, device=run.device)  # of the objective; of all log-probs
-    ranks.each(lambda: accumulate(run, first, means, sums), through_model=True)
+    ranks.on_all(lambda: accumulate(run, first, means, sums), through_model=True)
     ranks.add_gradients(run.parameters)
-    norm = whole(get_total_norm([p.grad for p in run.parameters if p.grad is not None]))
-    make_next(run)  # while a GPU is still at work: the next line waits for it
-    objective, log_probs, length = torch.cat([ranks.add(sums), norm.double()[None]]).tolist()
-    if not all(map(math.isfinite, (objective, log_probs, length))):  # one log-prob that is not makes their sum not
-        raise not_finite(run, objective, length)
-    if run.trainer.max_grad_norm is not None and length > run.trainer.max_grad_norm:
+    norm = full_tensor(get_total_norm([p.grad for p in run.parameters if p.grad is not None]))
+    prefetch_next(run)  # while a GPU is still at work: the next line waits for it
+    objective, log_probs, grad_norm = torch.cat([ranks.all_sum(sums), norm.double()[None]]).tolist()
+    if not all(
+        map(math.isfinite, (objective, log_probs, grad_norm))
+    ):  # NaN or infinity in one log-prob is in their sum
+        raise nonfinite_error(run, objective, grad_norm)
+    if run.trainer.max_grad_norm is not None and grad_norm > run.trainer.max_grad_norm:
         clip_grads_with_norm_(run.parameters, run.trainer.max_grad_norm, norm)
-    return means.reduce(ranks.gather) | {"objective": objective, "grad_norm": length}
+    return means.reduce(ranks.all_gather) | {"objective": objective, "grad_norm": grad_norm}
 
 
 def accumulate(run: Run, first: bool, means: Means, sums: Tensor) -> None:
     """This rank's part of the gradient, of the metrics and of the sums, micro-batch by micro-batch."""
-    chosen, shares = run.plan.chosen(run.state.step), run.plan.shares(run.state.step, run.ranks.size)
-    own, total = shares[run.ranks.rank], sum(run.weights[i] for i in chosen)
+    items, shares = run.plan.step_items(run.state.step), run.plan.shares(run.state.step, run.ranks.size)
+    own, total = shares[run.ranks.rank], sum(run.item_weights[i] for i in items)
     for indices in own:
         batch = run.train.batch(tuple(indices))
         policy, statistics = score_batch(run, batch, first)
@@ -114,16 +117,16 @@ def accumulate(run: Run, first: bool, means: Means, sums: Tensor) -> None:
         objective = (values * weight).sum() / total
         for constraint in run.constraints.values():
             penalty = constraint.penalty(logps)
-            objective = objective if penalty is None else objective + penalty.sum() / len(chosen)
+            objective = objective if penalty is None else objective + penalty.sum() / len(items)
         objective.backward()
         sums += torch.stack([objective.detach(), policy.detach().sum()])
         if first:
             measure(run, means, logps)
         if statistics is not None:
             means.add("loss", values, weight)
-            add_pair_metrics(means, logps, statistics, run.betas[0])
+            add_pair_metrics(means, logps, statistics, run.reward_beta)
     if run.ranks.sharded:
-        keep_step(run, max(map(len, shares)) - len(own), tuple(chosen[:1]))
+        pad_passes(run, max(map(len, shares)) - len(own), tuple(items[:1]))
 
 
 def score_batch(run: Run, batch: Batch, first: bool = True) -> tuple[Tensor, Statistics | None]:
@@ -141,14 +144,14 @@ def measure(run: Run, means: Means, logps: Logps) -> None:
             means.add(name, measured)
 
 
-def keep_step(run: Run, times: int, indices: tuple[int, ...]) -> None:
-    """Through a sharded model all ranks go equally often: a rank with nothing left goes with weight zero."""
+def pad_passes(run: Run, times: int, indices: tuple[int, ...]) -> None:
+    """Through a sharded model all ranks go equally often: a rank with nothing left repeats an Item with weight zero."""
     for _ in range(times):
         policy, _ = score_batch(run, run.train.batch(indices), first=False)
         (0 * policy.sum()).backward()
 
 
-def make_next(run: Run) -> None:
+def prefetch_next(run: Run) -> None:
     """This rank's batches of the next step, which `run.train` keeps."""
     if run.state.step + 1 < run.plan.steps:
         own = run.plan.shares(run.state.step + 1, run.ranks.size)[run.ranks.rank]
@@ -156,16 +159,16 @@ def make_next(run: Run) -> None:
             run.train.batch(tuple(indices))
 
 
-def count(run: Run, row: dict[str, float], began: float) -> None:
+def finish_step(run: Run, row: dict[str, float], began: float) -> None:
     """A step is done, which `began` at that time: count it, and keep its metrics."""
     state, plan = run.state, run.plan
-    chosen = plan.chosen(state.step)
-    tokens, pairs = sum(plan.sizes[i] for i in chosen), sum(len(run.train.items[i].pairs) for i in chosen)
+    items = plan.step_items(state.step)
+    tokens, pairs = sum(plan.sizes[i] for i in items), sum(len(run.train.items[i].pairs) for i in items)
     state.step += 1
     state.tokens += tokens
     state.ratio_sum += row.pop("log_ratio", 0.0)
     seconds = time.perf_counter() - began
-    state.fresh = row | {
+    state.step_metrics = row | {
         "epoch": state.step / plan.steps_per_epoch,
         "num_tokens": state.tokens,
         "tokens_per_second": tokens / seconds,
@@ -176,10 +179,10 @@ def count(run: Run, row: dict[str, float], began: float) -> None:
 # ---------------------------------------------------------------------------------------------------- between steps
 
 
-def look(run: Run, journal: Journal) -> None:
+def evaluate_if_due(run: Run, journal: Journal) -> None:
     """Evaluate if it is time, and ask the constraints whether to stop. A signal puts it off until the run goes on."""
     state = run.state
-    row = state.fresh | {"step": state.step}
+    row = state.step_metrics | {"step": state.step}
     due = state.step % run.trainer.eval_every == 0 or state.step == run.plan.steps
     found, samples = None, None
     try:
@@ -193,7 +196,7 @@ def look(run: Run, journal: Journal) -> None:
             found = evaluate(run)
     except Preempted:
         return
-    state.looked = state.step
+    state.evaluated = state.step
     if found is not None:
         journal.evaluated(found)
     if samples is not None:

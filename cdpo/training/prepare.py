@@ -24,7 +24,7 @@ from cdpo.data.tokenise import tokenise
 from cdpo.errors import DataError
 from cdpo.losses.candidates import OnCandidates
 from cdpo.model.layers import decoder_layers, switch
-from cdpo.model.layout import layout_for
+from cdpo.model.layout import choose_layout
 from cdpo.model.logps import Scorer, one_by_one
 from cdpo.model.memory import explained, outline, room
 from cdpo.model.pretrained import check_lengths
@@ -121,7 +121,7 @@ def tokenised(
 ) -> Tokenised:
     """The rows of a run as Items, which runs on the same rows find in the folder `shared`. Raises DataError."""
     train, ledger = tokenise(data.train, tokenizer, spec.dataset, pause, shared)
-    held_out, held_out_ledger = tokenise(data.eval, tokenizer, spec.dataset, pause, shared)
+    held_out, held_out_ledger = tokenise(data.held_out, tokenizer, spec.dataset, pause, shared)
     return Tokenised(train, held_out, {"read": data.ledger, "train": ledger, "eval": held_out_ledger})
 
 
@@ -179,7 +179,7 @@ def sized(session: Session, tokenizer: Any, data: Data) -> Trainer:
     tokens = ranks.from_first(lambda: read_json(file)["tokens"] if file.is_file() else None)
     if tokens is None:
         shards = ranks.size if ranks.sharded else 1
-        tokens = min(ranks.gather(room(spec, lambda: outline(spec, tokenizer, data), session.device, shards)))
+        tokens = min(ranks.all_gather(room(spec, lambda: outline(spec, tokenizer, data), session.device, shards)))
         ranks.from_first(lambda: write_json(file, {"tokens": tokens}))
     log.info("micro-batches of at most %d tokens, by the GPU's memory", tokens)
     return replace(spec.trainer, tokens_per_micro_batch=tokens)
@@ -248,7 +248,7 @@ def _scored(session: Session, scorer: Scorer, sets: Sets) -> tuple[list[Scored],
 
 def _padded(session: Session, scorer: Scorer, sets: Sets) -> bool:
     """Whether the model is given padded rows; the log says why."""
-    padded, reason = layout_for(scorer, sets.train, getattr(session.spec.model, "attention", "trees"))
+    padded, reason = choose_layout(scorer, sets.train, getattr(session.spec.model, "attention", "trees"))
     noisy = any(isinstance(constraint, Dropout) for constraint in session.spec.constraint.values())
     if noisy and not padded and session.device.type == "cuda":
         padded, reason = True, "dropout, which packed attention on CUDA does not have"

@@ -14,12 +14,12 @@ from cdpo.config.schema import Trainer
 from cdpo.constraints.constraint import Constraint
 from cdpo.data.packing import Plan, Scored
 from cdpo.errors import ConfigError
-from cdpo.losses.loss import reward_scale
+from cdpo.losses.loss import reward_beta
 from cdpo.model.change import Change
 from cdpo.model.logps import Scorer
-from cdpo.optim import Schedule
+from cdpo.optim import OptimizerConfig
 from cdpo.system import checkpoint
-from cdpo.system.ranks import like, whole_tree
+from cdpo.system.ranks import sharded_like, whole_tree
 from cdpo.system.rng import rng_state, set_rng_state
 from cdpo.training.session import Session
 
@@ -31,12 +31,12 @@ class State:
     """What the loop itself must remember between two steps; tensors, generators and constraints are saved beside it."""
 
     step: int = 0  # optimizer steps done
-    looked: int = -1  # the last step after which the run was looked at: evaluated if due, asked whether to stop
+    evaluated: int = -1  # the last step after which the run was looked at: evaluated if due, asked whether to stop
     tokens: int = 0  # encoded in training so far
     ratio_sum: float = 0.0  # of the mean log-ratio of each step, nats
     stopped: str | None = None  # why training stopped before its last step
-    fresh: dict[str, float] = field(default_factory=dict)  # metrics of the step just done
-    last: dict[str, float] = field(default_factory=dict)  # newest value of every metric
+    step_metrics: dict[str, float] = field(default_factory=dict)  # metrics of the step just done
+    latest: dict[str, float] = field(default_factory=dict)  # newest value of every metric
 
     @property
     def baseline(self) -> float:
@@ -59,14 +59,16 @@ class Run:
     def __post_init__(self) -> None:
         spec, items = self.session.spec, self.train.items
         self.policy: Any = self.scorer.model
-        self.loss, self.optimizer = spec.loss, spec.optimizer
+        self.loss, self.optimizer_config = spec.loss, spec.optimizer
         self.constraints: dict[str, Constraint] = spec.constraint
         self.ranks, self.device, self.directory = self.session.ranks, self.session.device, self.session.directory
         self.autocast = self.session.autocast
-        self.betas = (reward_scale(self.loss, spec.beta), spec.beta)  # of the implicit reward, of the objective J
+        self.reward_beta, self.objective_beta = reward_beta(self.loss, spec.beta), spec.beta
         self.reads_baseline = getattr(self.loss, "reads_baseline", False)
-        check_fit(self.optimizer, self.trainer, self.constraints, len(items), len(self.held_out.items))
-        self.weights = [sum(pair.weight for pair in item.pairs) if self.loss.unit == "pair" else 1.0 for item in items]
+        check_sizes(self.optimizer_config, self.trainer, self.constraints, len(items), len(self.held_out.items))
+        self.item_weights = [
+            sum(pair.weight for pair in item.pairs) if self.loss.unit == "pair" else 1.0 for item in items
+        ]
         self.plan = Plan(
             sizes=[item.tokens for item in items],
             batch_size=self.trainer.size(len(items)),
@@ -75,7 +77,7 @@ class Run:
             micro_batch=self.trainer.micro_batch,
         )
         self.parameters = trained_parameters(self.policy)
-        self.optim: Optimizer = self.optimizer.build(self.parameters)
+        self.optimizer: Optimizer = self.optimizer_config.build(self.parameters)
         self.change = Change(self.policy)
         self.state = State()
         for constraint in self.constraints.values():
@@ -105,8 +107,8 @@ def trained_parameters(policy: Any) -> list[torch.nn.Parameter]:
     return parameters
 
 
-def check_fit(
-    optimizer: Schedule, trainer: Trainer, constraints: dict[str, Constraint], items: int, held_out: int
+def check_sizes(
+    optimizer: OptimizerConfig, trainer: Trainer, constraints: dict[str, Constraint], items: int, held_out: int
 ) -> None:
     """ConfigError for what does not go with so many Items."""
     if optimizer.full_batch and trainer.size(items) < items:
@@ -119,12 +121,12 @@ def check_fit(
 
 def snapshot(run: Run) -> dict[str, Any]:
     """Everything that changes the trajectory; all ranks must ask for it together, the first gets it complete."""
-    rng, *others = run.ranks.gather(rng_state())
+    rng, *others = run.ranks.all_gather(rng_state())
     state = {
         "state": vars(run.state),
         "data": [run.train.fingerprint(), run.held_out.fingerprint()],
         "parameters": {name: p for name, p in run.policy.named_parameters() if p.requires_grad},
-        "optimizer": run.optim.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
         "constraints": {name: constraint.state_dict() for name, constraint in run.constraints.items()},
         "rng": rng,
         "rng_of_other_ranks": others,
@@ -139,7 +141,7 @@ def restore(run: Run) -> int:
     """
     checkpoints = run.directory.checkpoints
     found = checkpoint.newest(checkpoints)
-    if len(set(steps := run.ranks.gather(found and found[0]))) > 1:
+    if len(set(steps := run.ranks.all_gather(found and found[0]))) > 1:
         raise ConfigError(f"{checkpoints}: the ranks see checkpoints of steps {steps}; output_root must be shared")
     if found is None:
         return -1
@@ -151,8 +153,8 @@ def restore(run: Run) -> int:
         raise ConfigError(f"{checkpoints}: the trained parameters have changed since step {step}")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(like(saved["parameters"][name], parameter))
-    run.optim.load_state_dict(_laid_out(saved["optimizer"], run.parameters))
+            parameter.copy_(sharded_like(saved["parameters"][name], parameter))
+    run.optimizer.load_state_dict(_laid_out(saved["optimizer"], run.parameters))
     for name, constraint in run.constraints.items():
         constraint.load_state_dict(saved["constraints"][name])
     vars(run.state).update(saved["state"])
@@ -166,7 +168,10 @@ def restore(run: Run) -> int:
 def _laid_out(optimizer: dict[str, Any], parameters: list[torch.nn.Parameter]) -> dict[str, Any]:
     """An optimizer's state, whose tensors are whole, as its parameters lie on the ranks."""
     state = {
-        i: {key: like(value, parameters[i]) if isinstance(value, Tensor) else value for key, value in entry.items()}
+        i: {
+            key: sharded_like(value, parameters[i]) if isinstance(value, Tensor) else value
+            for key, value in entry.items()
+        }
         for i, entry in optimizer["state"].items()
     }
     return {**optimizer, "state": state}

@@ -19,7 +19,10 @@ from cdpo.training.directory import RunDirectory
 
 @dataclass(frozen=True)
 class Session:
-    """What every part of a run needs to know of its surroundings."""
+    """What every part of a run needs to know of its surroundings.
+
+    Long work is given `pause`, to be called where it may end early: it returns at once, or raises Preempted.
+    """
 
     spec: Config
     task: Task
@@ -37,12 +40,12 @@ class Session:
         return self.ranks.agreed(self.signals.poll())
 
     def pause(self, *_: Any) -> None:
-        """Raises Preempted if a signal has asked to stop. Called on all ranks alike, where long work may end early."""
+        """Raise Preempted if a signal has asked any rank to stop. Called on all ranks alike."""
         if name := self.stop_requested():
             raise Preempted(f"{name} before the first step; the same command starts again", name)
 
     def pause_alone(self, *_: Any) -> None:
-        """The same where it is called so often that several ranks could not ask one another each time."""
+        """The same, for work that calls it too often for ranks to ask one another; several ranks do not pause there."""
         if self.ranks.size == 1:
             self.pause()
 
@@ -66,5 +69,5 @@ def on_gpu(trainer: Trainer) -> bool:
 
 
 def device_of(trainer: Trainer) -> torch.device:
-    """The GPU of this process (`ranks.started` has chosen it among several), or the CPU."""
+    """The GPU of this process (`ranks.process_group` has chosen it among several), or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu(trainer) else torch.device("cpu")

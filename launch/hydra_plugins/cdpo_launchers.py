@@ -22,7 +22,7 @@ from omegaconf import DictConfig, open_dict, read_write
 if TYPE_CHECKING:
     from cdpo.config.task import Task
     from cdpo.sweep.launch import Launcher as How
-    from cdpo.sweep.tasks import Outcome
+    from cdpo.sweep.outcome import Outcome
 
 
 class Processes(Launcher):
@@ -49,7 +49,7 @@ class Processes(Launcher):
     def composed(self, overrides: Sequence[str]) -> Task | Outcome:
         """A run with its config; its outcome if it cannot be composed."""
         from cdpo.config.compose import composed_of, task_of
-        from cdpo.sweep.tasks import failure
+        from cdpo.sweep.outcome import failure
 
         with _at(self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))) as cfg:
             task = task_of(cfg)

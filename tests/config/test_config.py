@@ -9,7 +9,7 @@ from composing import NEEDS, composed, node_of
 from omegaconf import OmegaConf
 
 from cdpo.config import build as config
-from cdpo.config.help import groups, sentence
+from cdpo.config.help import first_line, groups
 from cdpo.config.identity import digest, run_name
 from cdpo.config.schema import NAME, Trainer
 from cdpo.errors import ConfigError
@@ -52,8 +52,8 @@ def test_a_file_says_what_it_is_and_explains_what_it_sets(path):
     """Its first line is one sentence, and every key without an inherited explanation has a comment."""
     lines = [line for line in path.read_text().splitlines() if not line.startswith("# @")]
     assert lines[0].startswith("# ")
-    assert len(sentence(path)) > 10
-    assert sentence(path)[-1] in ".?:"
+    assert len(first_line(path)) > 10
+    assert first_line(path)[-1] in ".?:"
     if path.parent.name in ("constraint", "loss", "dataset", "model") and "defaults" not in path.read_text():
         keys = [line for line in lines if ": " in line and not line.startswith("#") and "_target_" not in line]
         unsaid = [line for line in keys if " # " not in line and not line.strip().startswith("max_positions")]

@@ -53,7 +53,7 @@ def test_exact_weights_and_labels_by_hand(world):
     assert data.train[0].rewards == [1.0, 0.0, -1.0]
     assert data.train[0].source == "world.json:1"
     assert not data.train[0].complete
-    assert data.eval == data.train
+    assert data.held_out == data.train
 
 
 def test_uniform_sampling_gives_equal_weights(world):
@@ -117,13 +117,15 @@ def test_the_runs_seed_draws_preferences_and_the_worlds_seed_the_world():
     assert a.table == b.table
     assert [row.rewards for row in a.train] == [row.rewards for row in b.train]
     assert masses(a) != masses(b)
-    assert sum(p.weight for row in a.eval for p in row.pairs) == 50
+    assert sum(p.weight for row in a.held_out for p in row.pairs) == 50
     same_size = Bandit(**{**config, "eval_pairs": 100}).load(0)
-    assert [row.pairs for row in same_size.eval] != [row.pairs for row in same_size.train]  # independent samples
+    assert [row.pairs for row in same_size.held_out] != [row.pairs for row in same_size.train]  # independent samples
     other = Bandit(**config, world_seed=1).load(0)
     assert other.table != a.table
     assert other.train[0].rewards != a.train[0].rewards
-    assert Bandit(**{**config, "eval_pairs": None}).load(0).eval == Bandit().load(5).train  # held out: the exact ones
+    assert (
+        Bandit(**{**config, "eval_pairs": None}).load(0).held_out == Bandit().load(5).train
+    )  # held out: the exact ones
 
 
 def test_scales_scale_and_no_more():
@@ -222,7 +224,7 @@ def test_label_noise_flips_training_labels_only():
         for one, other in zip(before.pairs, after.pairs):
             assert other.preference == pytest.approx(0.8 * one.preference + 0.2 * (1 - one.preference))
             assert other[:2] + other[3:] == one[:2] + one[3:]
-    assert noisy.eval == clean.eval
+    assert noisy.held_out == clean.held_out
     drawn = Bandit(prompts=1, alphabet=2, reward_scale=0, label_noise=0.0, preferences="sampled", pairs=4000).load(0)
     assert sum(pair.weight for pair in drawn.train[0].pairs) == 4000
 

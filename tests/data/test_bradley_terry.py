@@ -79,7 +79,7 @@ def rows_of_one_prompt(*pairs: str, prompt: int = 1) -> list[Item]:
 
 
 def rewards_of(rows: list[Item], ridge: float = 0.0) -> list[list[float]]:
-    return [item.fitted for item in add_fitted(rows, ridge, lambda done: None)]
+    return [item.fitted_rewards for item in add_fitted(rows, ridge, lambda done: None)]
 
 
 def test_rows_of_one_prompt_are_one_fit():

@@ -75,7 +75,7 @@ def preset(tmp_path, monkeypatch):
 def test_a_preset_reads_the_hubs_columns(preset, name):
     records, splits, prompt, responses = CASES[name]
     data = preset(name, records, splits)
-    for rows, part in ((data.train, splits[0]), (data.eval, splits[1])):
+    for rows, part in ((data.train, splits[0]), (data.held_out, splits[1])):
         assert [row.source for row in rows] == [f"{part}:{i + 1}" for i in range(len(records))]
         for row in rows:
             assert (row.prompt, row.responses, row.pairs) == (prompt, responses, [Pair(0, 1)])
@@ -87,7 +87,7 @@ def scored_rows(n):
 
 def test_ultrafeedback_gives_every_pair_that_does_not_tie(preset):
     data = preset("ultrafeedback", scored_rows(20), ["train"])
-    assert (len(data.train), len(data.eval)) == (18, 2)  # it has no held-out split
+    assert (len(data.train), len(data.held_out)) == (18, 2)  # it has no held-out split
     for row in data.train:
         assert row.prompt == [{"role": "user", "content": f"Q{int(row.source.split(':')[1]) - 1}?"}]
         assert (row.responses, row.rewards) == (["a", "b", "c", "d"], [2.0, 7.5, 7.5, 1.0])
@@ -99,7 +99,7 @@ def test_bad_hub_rows_are_dropped_by_the_presets_and_counted(preset):
     records[4]["completions"] = [{**COMPLETION, "response": "a", "overall_score": None}] * 2
     data = preset("ultrafeedback", records, ["train"])
     assert data.ledger.to_dict()["dropped"] == {"type": {"count": 1, "rows": ["train:5"]}}
-    assert len(data.train) + len(data.eval) == 19
+    assert len(data.train) + len(data.held_out) == 19
 
 
 def test_hh_reads_the_subset_that_data_dir_names(tmp_path, monkeypatch):
@@ -116,7 +116,7 @@ def test_hh_reads_the_subset_that_data_dir_names(tmp_path, monkeypatch):
             text = json.dumps({"chosen": f"{PROMPT} {subset} {part}", "rejected": f"{PROMPT} no"})
             (tmp_path / "hub" / subset / f"{part}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     data = Hub(name=str(tmp_path / "hub"), data_dir="helpful-base", eval_split="test").load(0)
-    assert [row.responses[0] for row in (*data.train, *data.eval)] == [" helpful-base train", " helpful-base test"]
+    assert [row.responses[0] for row in (*data.train, *data.held_out)] == [" helpful-base train", " helpful-base test"]
 
 
 def test_a_data_set_that_cannot_be_loaded_says_what_to_check(tmp_path):

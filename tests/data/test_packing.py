@@ -52,12 +52,14 @@ def test_every_response_token_is_predicted_from_its_prompt_and_what_came_before(
         for response in item.responses:
             for j, token in enumerate(response):
                 before = [*item.prompt, *response[:j]]
-                flat = int(batch.predict_at[batch.row[n]])
+                flat = int(batch.predict_at[batch.position[n]])
                 assert context(batch, flat) == [(known, at) for at, known in enumerate(before)]
                 assert int(batch.target[n]) == token
                 n += 1
-    assert n == len(batch.target) == len(batch.row) == batch.length.sum()
-    assert sorted(set(batch.row.tolist())) == list(range(len(batch.predict_at)))  # no logit is computed for nothing
+    assert n == len(batch.target) == len(batch.position) == batch.length.sum()
+    assert sorted(set(batch.position.tolist())) == list(
+        range(len(batch.predict_at))
+    )  # no logit is computed for nothing
     assert len(set(batch.predict_at.tolist())) == len(batch.predict_at)
 
 
@@ -112,11 +114,11 @@ def test_without_a_reference_it_is_zero():
 
 
 def test_rewards_and_fitted_rewards_are_of_all_items_or_of_none():
-    known, unknown = Item([1], [[2], [3]], [], [0.0, 0.0]), Item([1], [[2], [3]], [], fitted=[1.0, 2.0])
+    known, unknown = Item([1], [[2], [3]], [], [0.0, 0.0]), Item([1], [[2], [3]], [], fitted_rewards=[1.0, 2.0])
     assert pack([known]).rewards.tolist() == [0.0, 0.0]
-    assert pack([known]).fitted is None
+    assert pack([known]).fitted_rewards is None
     assert pack([unknown]).rewards is None
-    assert pack([unknown]).fitted.tolist() == [1.0, 2.0]
+    assert pack([unknown]).fitted_rewards.tolist() == [1.0, 2.0]
     with pytest.raises(AssertionError, match="some Items of a batch have rewards"):
         pack([known, unknown])
 

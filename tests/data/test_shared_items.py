@@ -9,13 +9,13 @@ from architectures import NO_DATA
 
 from cdpo.batch import Pair
 from cdpo.data import tokenise as module
-from cdpo.data.rows import Data, Ledger, Limits, Row
+from cdpo.data.rows import Data, Dataset, Ledger, Row
 from cdpo.data.tokenise import tokenise
 from cdpo.errors import DataError
 from cdpo.model.tiny import Tiny
 
 TOKENIZER = Tiny().tokenizer(NO_DATA)
-LIMITS = Limits(max_prompt_tokens=9, max_response_tokens=6, max_drop_fraction=0.5)
+LIMITS = Dataset(max_prompt_tokens=9, max_response_tokens=6, max_drop_fraction=0.5)
 ROWS = [
     Row(
         f"data:{i}",

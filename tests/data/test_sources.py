@@ -177,10 +177,10 @@ def test_held_out_rows_by_share_number_file_and_maximum(tmp_path):
         ({"eval_path": other, "max_eval_rows": 4}, (50, 4)),
     ):
         data = Jsonl(path=path, **options).load(0)
-        assert (len(data.train), len(data.eval)) == sizes
-    held_out = [[row.source for row in Jsonl(path=path).load(seed).eval] for seed in (0, 0, 1)]
+        assert (len(data.train), len(data.held_out)) == sizes
+    held_out = [[row.source for row in Jsonl(path=path).load(seed).held_out] for seed in (0, 0, 1)]
     assert held_out[0] == held_out[1] != held_out[2]
-    assert {row.source.split(":")[0] for row in Jsonl(path=path, eval_path=other).load(0).eval} == {"b.jsonl"}
+    assert {row.source.split(":")[0] for row in Jsonl(path=path, eval_path=other).load(0).held_out} == {"b.jsonl"}
 
 
 @pytest.mark.parametrize(

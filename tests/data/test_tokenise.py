@@ -14,14 +14,14 @@ from tokenizers import AddedToken
 
 from cdpo.batch import Pair
 from cdpo.data.bandit import Bandit
-from cdpo.data.rows import Limits
+from cdpo.data.rows import Dataset
 from cdpo.data.sources import Jsonl
 from cdpo.data.tokenise import CHUNK, tokenise
 from cdpo.errors import ConfigError, DataError
 
 
 def test_prompt_and_responses_are_tokenised_apart_and_end_with_eos(tokenizer):
-    items, ledger = tokenise([row()], tokenizer, Limits())
+    items, ledger = tokenise([row()], tokenizer, Dataset())
     bos = [1] if tokenizer is TOKENIZERS["metaspace"] else []
     assert items[0].prompt == bos + raw(tokenizer, "hello")
     assert items[0].responses == [[*raw(tokenizer, text), EOS] for text in (" world", " there")]
@@ -30,20 +30,20 @@ def test_prompt_and_responses_are_tokenised_apart_and_end_with_eos(tokenizer):
 
 
 def test_a_text_that_holds_a_bos_gets_no_second_one():
-    items, _ = tokenise([row("<s>hello")], TOKENIZERS["metaspace"], Limits())
+    items, _ = tokenise([row("<s>hello")], TOKENIZERS["metaspace"], Dataset())
     assert items[0].prompt.count(1) == 1
     assert items[0].prompt[0] == 1
 
 
 def test_a_text_that_ends_with_eos_gets_no_second_one(tokenizer):
-    items, _ = tokenise([row(chosen=" world" + tokenizer.eos_token)], tokenizer, Limits())
+    items, _ = tokenise([row(chosen=" world" + tokenizer.eos_token)], tokenizer, Dataset())
     assert items[0].responses[0] == [*raw(tokenizer, " world"), EOS]
 
 
 def test_eos_is_taught_where_pad_is_eos():
     tokenizer = TOKENIZERS["byte_level"]
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == EOS
-    items, _ = tokenise([row()], tokenizer, Limits())
+    items, _ = tokenise([row()], tokenizer, Dataset())
     assert [response[-1] for response in items[0].responses] == [EOS, EOS]
 
 
@@ -64,12 +64,12 @@ def test_a_tokenizer_without_eos_is_named():
     tokenizer = byte_level()
     tokenizer.eos_token, tokenizer.name_or_path = None, "some/model"
     with pytest.raises(ConfigError, match="'some/model' has no EOS"):
-        tokenise([row()], tokenizer, Limits())
+        tokenise([row()], tokenizer, Dataset())
 
 
 def test_prompts_lose_their_beginning_and_responses_their_end(tokenizer):
     prompt, chosen, rejected = "is the world well? " * 5, " hello" * 9, " x"
-    limits = Limits(max_prompt_tokens=6, max_response_tokens=5)
+    limits = Dataset(max_prompt_tokens=6, max_response_tokens=5)
     items, ledger = tokenise([row(prompt, chosen, rejected)], tokenizer, limits)
     ids, bos = raw(tokenizer, prompt), [1] if tokenizer is TOKENIZERS["metaspace"] else []
     assert items[0].prompt == bos + ids[len(ids) - 6 + len(bos) :]
@@ -86,24 +86,24 @@ def test_prompts_lose_their_beginning_and_responses_their_end(tokenizer):
 def test_a_response_that_just_fits_loses_its_eos_and_says_so():
     tokenizer = TOKENIZERS["byte_level"]
     n, pair = len(raw(tokenizer, " world there")), row(chosen=" world there", rejected="h")
-    items, ledger = tokenise([pair], tokenizer, Limits(max_response_tokens=n))
+    items, ledger = tokenise([pair], tokenizer, Dataset(max_response_tokens=n))
     assert items[0].responses == [raw(tokenizer, " world there"), [*raw(tokenizer, "h"), EOS]]
     assert ledger.notes["lost_eos"].count == 1
-    _, ledger = tokenise([pair], tokenizer, Limits(max_response_tokens=n + 1))
+    _, ledger = tokenise([pair], tokenizer, Dataset(max_response_tokens=n + 1))
     assert ledger.notes["lost_eos"].count == 0
 
 
 def test_rows_without_a_difference_or_a_token_are_dropped_and_counted(tokenizer):
     same = row(chosen=" hello" * 9 + " a", rejected=" hello" * 9 + " b", source="a:2")
     good = [row(source=f"a:{i}") for i in range(3, 20)]
-    items, ledger = tokenise([row(), same, *good], tokenizer, Limits(max_response_tokens=4))
+    items, ledger = tokenise([row(), same, *good], tokenizer, Dataset(max_response_tokens=4))
     assert [item.source for item in items] == ["a:1", *(r.source for r in good)]
     assert {kind: (t.count, t.rows) for kind, t in ledger.dropped.items()} == {"identical": (1, ["a:2"])}
     assert (ledger.rows, ledger.kept) == (19, 18)
     with pytest.raises(DataError, match=r"1 of 19 rows dropped.*max_drop_fraction=0.01.*identical: 1 \(a:2\)"):
-        tokenise([row(), same, *good], tokenizer, Limits(max_response_tokens=4, max_drop_fraction=0.01))
+        tokenise([row(), same, *good], tokenizer, Dataset(max_response_tokens=4, max_drop_fraction=0.01))
     with pytest.raises(DataError, match="1 of 1 rows dropped"):
-        tokenise([same], tokenizer, Limits(max_response_tokens=4, max_drop_fraction=1.0))
+        tokenise([same], tokenizer, Dataset(max_response_tokens=4, max_drop_fraction=1.0))
 
 
 def test_a_response_that_the_tokenizer_erases_is_dropped():
@@ -111,7 +111,7 @@ def test_a_response_that_the_tokenizer_erases_is_dropped():
 
     tokenizer = byte_level()
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
-    items, ledger = tokenise([row(chosen="\u200b"), *[row()] * 9], tokenizer, Limits(max_drop_fraction=0.1))
+    items, ledger = tokenise([row(chosen="\u200b"), *[row()] * 9], tokenizer, Dataset(max_drop_fraction=0.1))
     assert (len(items), ledger.dropped["empty"].count) == (9, 1)
 
 
@@ -120,16 +120,16 @@ def test_boundary_mismatches_are_counted_and_fail_above_the_limit():
     split, clean = row("hel", "lo", " there", source="a:1"), row(source="a:2")
     assert raw(tokenizer, "hello") != raw(tokenizer, "hel") + raw(tokenizer, "lo")  # or this test shows nothing
     assert raw(tokenizer, "hello world") == raw(tokenizer, "hello") + raw(tokenizer, " world")
-    _, ledger = tokenise([split, clean], tokenizer, Limits())
+    _, ledger = tokenise([split, clean], tokenizer, Dataset())
     assert (ledger.notes["boundary_mismatches"].count, ledger.notes["boundary_mismatches"].rows) == (1, ["a:1"])
     with pytest.raises(DataError, match=r"1 of 2 rows have other tokens.*max_mismatch_fraction=0.4 \(a:1\)"):
-        tokenise([split, clean], tokenizer, Limits(max_mismatch_fraction=0.4))
+        tokenise([split, clean], tokenizer, Dataset(max_mismatch_fraction=0.4))
 
 
 def test_a_mismatch_is_seen_wherever_a_word_is_cut():
     tokenizer, text = TOKENIZERS["byte_level"], "hello there, world"
     rows = [row(text[:k], text[k:], "\n", source=f"a:{k}") for k in range(1, len(text))]
-    _, ledger = tokenise(rows, tokenizer, Limits())
+    _, ledger = tokenise(rows, tokenizer, Dataset())
     cuts = [
         k for k in range(1, len(text)) if raw(tokenizer, text) != raw(tokenizer, text[:k]) + raw(tokenizer, text[k:])
     ]
@@ -139,19 +139,19 @@ def test_a_mismatch_is_seen_wherever_a_word_is_cut():
 
 def test_special_tokens_inside_a_response(tokenizer, caplog):
     rows = [row(), row(chosen=f" world{tokenizer.eos_token} there", source="a:2")]
-    _, ledger = tokenise(rows, tokenizer, Limits())
+    _, ledger = tokenise(rows, tokenizer, Dataset())
     assert (ledger.notes["special_tokens"].count, ledger.notes["special_tokens"].rows) == (1, ["a:2"])
     assert "1 rows with special tokens, first a:2" in caplog.text
-    items, ledger = tokenise(rows, tokenizer, Limits(on_special_tokens="drop", max_drop_fraction=0.5))
+    items, ledger = tokenise(rows, tokenizer, Dataset(on_special_tokens="drop", max_drop_fraction=0.5))
     assert ([item.source for item in items], ledger.dropped["special_tokens"].rows) == (["a:1"], ["a:2"])
     with pytest.raises(DataError, match="a:2: a response spells a special token"):
-        tokenise(rows, tokenizer, Limits(on_special_tokens="error"))
+        tokenise(rows, tokenizer, Dataset(on_special_tokens="error"))
 
 
 def test_should_stop_is_asked_between_chunks():
     asked = []
     rows = [row(source=f"a:{i}") for i in range(2 * CHUNK + 1)]
-    items, _ = tokenise(rows, TOKENIZERS["byte_level"], Limits(), lambda: asked.append(len(asked)))
+    items, _ = tokenise(rows, TOKENIZERS["byte_level"], Dataset(), lambda: asked.append(len(asked)))
     assert asked == [0, 1, 2]
     assert [item.source for item in items] == [r.source for r in rows]
 
@@ -159,17 +159,17 @@ def test_should_stop_is_asked_between_chunks():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tokenise(rows, TOKENIZERS["byte_level"], Limits(), stop)
+        tokenise(rows, TOKENIZERS["byte_level"], Dataset(), stop)
 
 
 def test_no_rows_give_no_items():
-    items, ledger = tokenise([], TOKENIZERS["byte_level"], Limits())
+    items, ledger = tokenise([], TOKENIZERS["byte_level"], Dataset())
     assert (items, ledger.rows, ledger.lengths) == ([], 0, {})
 
 
 def test_lengths_are_means_and_maxima_of_tokens():
     rows = [row("a", "b", "ccc"), row("aaa", "bb", "d")]  # bytes that merge with nothing
-    _, ledger = tokenise(rows, TOKENIZERS["byte_level"], Limits())
+    _, ledger = tokenise(rows, TOKENIZERS["byte_level"], Dataset())
     assert ledger.lengths == {
         "prompt_mean": 2.0,
         "prompt_max": 3,
@@ -191,7 +191,7 @@ def test_lengths_are_means_and_maxima_of_tokens():
 def test_every_item_obeys_the_rules_and_every_row_is_accounted_for(texts, prompt_limit, response_limit, name):
     tokenizer, bos = TOKENIZERS[name], [1] if name == "metaspace" else []
     rows = [row(*text, source=f"a:{i}") for i, text in enumerate(texts)]
-    limits = Limits(max_prompt_tokens=prompt_limit, max_response_tokens=response_limit, max_drop_fraction=1.0)
+    limits = Dataset(max_prompt_tokens=prompt_limit, max_response_tokens=response_limit, max_drop_fraction=1.0)
     expected = {}
     for r in rows:
         prompt = bos + raw(tokenizer, r.prompt)[-(prompt_limit - len(bos)) :]
@@ -231,7 +231,7 @@ def test_boundary_mismatches_of_real_dialogues_equal_those_of_their_whole_texts(
         for i, r in enumerate(data.train)
         for text in [r.responses[0] + " etc"]
     ]
-    _, ledger = tokenise(rows, tokenizer, Limits())
+    _, ledger = tokenise(rows, tokenizer, Dataset())
 
     def differs(r, text):
         return raw(tokenizer, r.prompt + text) != raw(tokenizer, r.prompt) + raw(tokenizer, text)
@@ -244,5 +244,5 @@ def test_boundary_mismatches_of_real_dialogues_equal_those_of_their_whole_texts(
 def test_an_added_token_that_is_not_special_is_text():
     tokenizer = byte_level()
     tokenizer.add_tokens([AddedToken(" world", special=False)])
-    _, ledger = tokenise([row()], tokenizer, Limits())
+    _, ledger = tokenise([row()], tokenizer, Dataset())
     assert ledger.notes["special_tokens"].count == 0

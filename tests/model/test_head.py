@@ -14,14 +14,14 @@ from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig,
 
 from cdpo.data.packing import pack
 from cdpo.model import head
-from cdpo.model.head import LeanHead, Shape
-from cdpo.model.layout import layout_for, shape_of
+from cdpo.model.head import LeanHead, LogitTransform
+from cdpo.model.layout import choose_layout, logit_transform_of
 from cdpo.model.logps import Scorer, linear_head, one_by_one
 
 M, WIDTH, V = 7, 5, 23
 ROW = torch.tensor([0, 1, 2, 0, 3, 4, 0, 5, 6, 6])  # three responses start at position 0
 TARGET = torch.tensor([3, 22, 0, 9, 1, 1, 3, 17, 0, 0])
-SHAPES = {"plain": Shape(), "scale": Shape(scale=0.25), "cap": Shape(cap=2.0)}
+SHAPES = {"plain": LogitTransform(), "scale": LogitTransform(scale=0.25), "cap": LogitTransform(cap=2.0)}
 SLICES = {"one slice": 1 << 26, "three": 8 * M * 8, "one token each": 1}
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 every_slice = pytest.mark.parametrize("chunk", SLICES)
@@ -157,11 +157,14 @@ def test_autocast_is_honoured():
 
 
 MODELS = {
-    "cohere, scaled": (CohereConfig(**SHAPE, num_key_value_heads=1, logit_scale=0.25), Shape(scale=0.25)),
-    "granite, divided": (GraniteConfig(**SHAPE, num_key_value_heads=1, logits_scaling=8.0), Shape(scale=0.125)),
+    "cohere, scaled": (CohereConfig(**SHAPE, num_key_value_heads=1, logit_scale=0.25), LogitTransform(scale=0.25)),
+    "granite, divided": (
+        GraniteConfig(**SHAPE, num_key_value_heads=1, logits_scaling=8.0),
+        LogitTransform(scale=0.125),
+    ),
     "gemma 2, capped": (
         Gemma2Config(**SHAPE, num_key_value_heads=1, head_dim=8, sliding_window=64, final_logit_softcapping=3.0),
-        Shape(cap=3.0),
+        LogitTransform(cap=3.0),
     ),
 }
 
@@ -171,8 +174,8 @@ def test_what_a_model_does_to_its_logits_is_found_out(name):
     config, shape = MODELS[name]
     model, items = build(config), ITEMS["uneven"]
     scorer = Scorer(model)
-    layout_for(scorer, items, "rows")
-    assert scorer.shape == shape
+    choose_layout(scorer, items, "rows")
+    assert scorer.logit_transform == shape
     found = score(model, pack(items, padded=True), shape)
     expected = plain(model, items)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -200,9 +203,9 @@ class Odd(nn.Module):
 def test_an_unknown_treatment_of_logits_is_left_to_the_model(folders):
     model, batch = Odd(), pack(ITEMS["uneven"])
     batch.target.clamp_(max=8)
-    assert shape_of(model, batch) is None
+    assert logit_transform_of(model, batch) is None
     found, statistics = Scorer(model)(batch, statistics=True)
-    logp = model(batch.input_ids, batch.predict_at).logits[0].log_softmax(-1)[batch.row, batch.target]
+    logp = model(batch.input_ids, batch.predict_at).logits[0].log_softmax(-1)[batch.position, batch.target]
     expected = [part.sum() for part in logp.split(batch.length.tolist())]
     torch.testing.assert_close(found, torch.stack(expected))
     assert statistics.entropy.isfinite().all()
@@ -234,8 +237,8 @@ def test_what_probes_do_not_show_numbers_do(kind, wanted):
     items = [replace(item, responses=[[t % 20 for t in r] for r in item.responses]) for item in ITEMS["uneven"]]
     expected = one_by_one(model, items)
     scorer = Scorer(model)
-    padded, _ = layout_for(scorer, items, wanted)
-    assert scorer.shape is None
+    padded, _ = choose_layout(scorer, items, wanted)
+    assert scorer.logit_transform is None
     torch.testing.assert_close(scorer(pack(items, padded=padded))[0], expected, rtol=0, atol=1e-4)
 
 
@@ -252,8 +255,8 @@ def test_adapted_hooked_and_compiled_heads_are_left_alone(folders):
 def test_the_head_comes_back(folders):
     model = load(folders["llama"], packed=False)
     before = model.lm_head.forward
-    assert shape_of(model, pack(ITEMS["even"], padded=True)) == Shape()
+    assert logit_transform_of(model, pack(ITEMS["even"], padded=True)) == LogitTransform()
     assert model.lm_head.forward == before
     model.model.norm.register_forward_hook(lambda *_: 1 / 0)
-    assert shape_of(model, pack(ITEMS["even"], padded=True)) is None
+    assert logit_transform_of(model, pack(ITEMS["even"], padded=True)) is None
     assert model.lm_head.forward == before

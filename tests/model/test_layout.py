@@ -16,8 +16,9 @@ from transformers import (
 )
 
 from cdpo.data.packing import pack
+from cdpo.errors import ConfigError
 from cdpo.model import attention
-from cdpo.model.layout import layout_for
+from cdpo.model.layout import choose_layout
 from cdpo.model.logps import Scorer
 
 WINDOWED = {**SHAPE, "num_key_value_heads": 1, "sliding_window": 4}
@@ -43,7 +44,7 @@ OTHERS = {  # none of these can attend over packed trees
 def test_known_architectures_take_packed_trees(folders, name):
     for dtype in ("float32", "bfloat16", "float64"):
         model = load(folders[name], dtype, packed=False)
-        assert layout_for(Scorer(model), ITEMS["uneven"], "trees") == (False, "")
+        assert choose_layout(Scorer(model), ITEMS["uneven"], "trees") == (False, "")
         assert model.config._attn_implementation == attention.NAME
 
 
@@ -56,7 +57,7 @@ def test_other_architectures_fall_back_with_a_reason(name, kind):
     before = model.config._attn_implementation
     with torch.no_grad():
         expected = plain(model, items)
-        padded, reason = layout_for(scorer, items, "trees")
+        padded, reason = choose_layout(scorer, items, "trees")
         assert padded
         assert reason
         assert model.config._attn_implementation == before
@@ -65,7 +66,7 @@ def test_other_architectures_fall_back_with_a_reason(name, kind):
 
 def test_a_chosen_attention_pads(folders):
     model = load(folders["llama"], packed=False)
-    assert layout_for(Scorer(model), ITEMS["even"], "sdpa") == (True, "model.attention=sdpa")
+    assert choose_layout(Scorer(model), ITEMS["even"], "sdpa") == (True, "model.attention=sdpa")
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -79,7 +80,16 @@ def test_an_architecture_that_chokes_falls_back(folders, error, monkeypatch):
         return forward(scorer, batch)
 
     monkeypatch.setattr(Scorer, "forward", choke)
-    padded, reason = layout_for(Scorer(model), ITEMS["even"], "trees")
+    padded, reason = choose_layout(Scorer(model), ITEMS["even"], "trees")
     assert padded
     assert reason in ("NotImplementedError", "'x'", "no such row")
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_packed_rows_are_refused_by_an_attention_that_would_ignore_the_trees(folders):
+    scorer = Scorer(load(folders["llama"], packed=False))
+    with pytest.raises(ConfigError, match="does not attend over packed trees"):
+        scorer(pack(ITEMS["even"]))
+    expected = scorer(pack(ITEMS["even"], padded=True))[0]
+    assert choose_layout(scorer, ITEMS["even"], "trees") == (False, "")
+    torch.testing.assert_close(scorer(pack(ITEMS["even"]))[0], expected)

@@ -31,9 +31,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from peft import LoraConfig, get_peft_model
 from cdpo.model import attention
 from cdpo.batch import Item
-from cdpo.model.head import Shape
+from cdpo.model.head import LogitTransform
 from cdpo.model.logps import Scorer
-from cdpo.model.memory import per_token
+from cdpo.model.memory import bytes_per_token
 from cdpo.data.packing import pack
 
 kind, extra = sys.argv[1:]
@@ -62,7 +62,7 @@ def switched(model, extra):
 
 def taken(extra):
     model = switched(AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME), extra)
-    scorer = Scorer(model, Shape())
+    scorer = Scorer(model, LogitTransform())
     scorer(pack(items[:2]))  # what is made once
     batch = pack(items)
     before = mallinfo()
@@ -73,7 +73,7 @@ def taken(extra):
 
 with torch.device("meta"):
     skeleton = AutoModelForCausalLM.from_config(config)
-predicted = per_token(switched(skeleton, extra))
+predicted = bytes_per_token(switched(skeleton, extra))
 attention.register()
 items = [Item([1] * 64, [[2] * 33, [3] * 33], []) for _ in range(64)]
 found = taken(extra) + (taken("plain") / 4 if extra == "checkpointing" else 0)  # one layer is computed again
@@ -101,11 +101,11 @@ def small(**more):
 def test_tokens_that_fit():
     policy = small()
     numbers = sum(p.numel() for p in policy.parameters())
-    each = memory.per_token(policy)
+    each = memory.bytes_per_token(policy)
 
     def tokens(free, states=2, shards=1):
-        lasting = 4 * numbers * (3 + states) / shards  # weight, gradient, states, copy of the start; float32
-        return memory.tokens_that_fit(policy, states, int(lasting + 2 * CHUNK + free / memory.SHARE), shards)
+        persistent_bytes = 4 * numbers * (3 + states) / shards  # weight, gradient, states, copy of the start; float32
+        return memory.tokens_that_fit(policy, states, int(persistent_bytes + 2 * CHUNK + free / memory.SHARE), shards)
 
     assert tokens(1e12) == MICRO_BATCH
     assert tokens(1000 * each) == 512
@@ -124,7 +124,7 @@ class Two:
 
     size, sharded = 2, False
 
-    def gather(self, value):
+    def all_gather(self, value):
         return [value, 512]
 
     def from_first(self, work):
@@ -179,7 +179,7 @@ def test_a_model_that_cannot_be_asked_is_trained_all_the_same(tmp_path, monkeypa
 def test_copies_for_autocast_count():
     policy = small()
     numbers = sum(p.numel() for p in policy.parameters())
-    room = int(4 * numbers * 5 + 2 * CHUNK + 1000 * memory.per_token(policy) / memory.SHARE)
+    room = int(4 * numbers * 5 + 2 * CHUNK + 1000 * memory.bytes_per_token(policy) / memory.SHARE)
     assert memory.tokens_that_fit(policy, 2, room) == 512
     assert memory.tokens_that_fit(policy, 2, room + 2 * numbers, autocast=True) == 512
     assert memory.tokens_that_fit(policy, 2, room + 2 * numbers) == 512

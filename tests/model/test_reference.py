@@ -14,7 +14,7 @@ from cdpo.constraints.lora import LoRA
 from cdpo.data.packing import Scored
 from cdpo.errors import ConfigError, NumericsError
 from cdpo.model.change import Change
-from cdpo.model.layout import layout_for
+from cdpo.model.layout import choose_layout
 from cdpo.model.logps import Scorer
 from cdpo.model.reference import ReferencePass, check_start
 from cdpo.model.tiny import Tiny
@@ -256,7 +256,7 @@ def test_autocast_rounds_more(tmp_path, seed):
     """Weights in float32, products in bfloat16, other micro-batches than the reference's: no false alarm."""
     policy = Tiny(hidden_size=32, init_seed=seed, heads=2).load(Tiny().tokenizer(NO_DATA), NO_DATA)
     items = make_items(*((40 + i, [30, 17 + i]) for i in range(6)), seed=seed)
-    assert layout_for(lean(policy), items, "trees") == (False, "")
+    assert choose_layout(lean(policy), items, "trees") == (False, "")
     with torch.autocast("cpu", torch.bfloat16):
         found = started(policy, tmp_path, items)
         assert check_start(lean(policy), found) < 1

@@ -22,7 +22,7 @@ from cdpo.errors import ConfigError
 from cdpo.model import attention
 from cdpo.model.change import Change
 from cdpo.model.export import export
-from cdpo.model.layout import layout_for
+from cdpo.model.layout import choose_layout
 from cdpo.model.logps import Scorer, one_by_one
 from cdpo.model.sampling import generations, sampled_kl
 from cdpo.model.tabular import Tabular, TabularForCausalLM
@@ -35,7 +35,14 @@ def bandit(dtype="float64", **options):
     choice = Tabular(dtype)
     tokenizer = choice.tokenizer(data)
     items, _ = tokenise(data.train, tokenizer, dataset)
-    return data, tokenizer, choice.load(tokenizer, data), items
+    return data, tokenizer, packed(choice.load(tokenizer, data)), items
+
+
+def packed(model):
+    """The model as a run asks it; it has no attention, so any will do."""
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
+    return model
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -70,7 +77,7 @@ def test_longer_responses_are_chains(padded):
 
 def test_it_takes_packed_trees():
     _, _, model, items = bandit(alphabet=3, length=3)
-    assert layout_for(Scorer(model), items, "trees") == (False, "")
+    assert choose_layout(Scorer(model), items, "trees") == (False, "")
     assert model.config._attn_implementation == attention.NAME
 
 
@@ -107,7 +114,7 @@ def test_save_and_load(tmp_path):
     model.table.weight.data.normal_()
     export(model, tokenizer, tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
-    again = TabularForCausalLM.from_pretrained(tmp_path)
+    again = packed(TabularForCausalLM.from_pretrained(tmp_path))
     assert again.dtype == torch.float64
     assert torch.equal(again.table.weight, model.table.weight)
     assert torch.equal(score(again, pack(items)), score(model, pack(items)))
@@ -121,10 +128,12 @@ def test_an_adapter_is_saved_with_its_table(tmp_path):
         if parameter.requires_grad:
             parameter.data.normal_()
     export(policy, tokenizer, tmp_path)
-    base = TabularForCausalLM.from_pretrained(tmp_path / "base")
+    base = packed(TabularForCausalLM.from_pretrained(tmp_path / "base"))
     assert torch.equal(base.table.weight, start)
     again = PeftModel.from_pretrained(base, tmp_path)
-    assert not torch.allclose(score(again, pack(items)), score(base.__class__(base.config).double(), pack(items)))
+    assert not torch.allclose(
+        score(again, pack(items)), score(packed(TabularForCausalLM(base.config).double()), pack(items))
+    )
     assert torch.equal(score(again, pack(items)), score(policy, pack(items)))
 
 

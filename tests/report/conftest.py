@@ -36,7 +36,7 @@ def made(tmp_path_factory):
     broken = folder / "broken"
     broken.mkdir()
     (broken / "config.json").write_text("{")
-    recovery = write_run(folder, "dpo", "none", 5, task={"_target_": "cdpo.compressive_sensing.Recovery"})
+    recovery = write_run(folder, "dpo", "none", 5, study={"_target_": "cdpo.compressive_sensing.Recovery"})
     change(recovery, "summary", metrics={"recovery/l1/k=8": 0.9})
     (recovery / "recovery.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" width="90pt" height="60pt"/>')
     refused = {"directory": "refused", "command": "cdpo-train loss=x", "choices": {"loss": "ipo", "constraint": ["a"]}}

@@ -54,7 +54,7 @@ def test_the_ceiling_is_rlhf_on_true_rewards_with_the_beta_of_j():
     assert list(labels(run("rlhf", 1), learned).runs["is_ceiling"]) == [True, False]
 
 
-def test_tasks_and_runs_without_config_are_not_labelled():
-    task = run("gaussian", None, task___target_="cdpo.compressive_sensing.Recovery")
+def test_studies_and_runs_without_config_are_not_labelled():
+    study = run("gaussian", None, study___target_="cdpo.compressive_sensing.Recovery")
     missing = run("dpo", None, state="missing") | {"config.seed": None}
-    assert list(labels(run("dpo", 0.5), task, missing).runs["loss"]) == ["dpo"]
+    assert list(labels(run("dpo", 0.5), study, missing).runs["loss"]) == ["dpo"]

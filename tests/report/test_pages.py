@@ -79,6 +79,6 @@ def test_every_run_was_refused(tmp_path):
 def test_only_rlhf_and_only_tasks(tmp_path):
     write_run(tmp_path / "a", "rlhf")
     assert "add other losses" in Page(report(tmp_path / "a").read_text()).text
-    path = write_run(tmp_path / "b", task={"_target_": "cdpo.compressive_sensing.Recovery"})
+    path = write_run(tmp_path / "b", study={"_target_": "cdpo.compressive_sensing.Recovery"})
     (path / "recovery.svg").write_text("<svg/>")
     assert "1 run: 1 finished" in Page(report(tmp_path / "b").read_text()).text

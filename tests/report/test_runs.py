@@ -130,7 +130,7 @@ def test_numbers_that_no_float_holds_are_no_numbers(tmp_path):
 
 
 def test_a_task_is_not_called_by_the_choices_that_it_does_not_use(tmp_path):
-    path = write_run(tmp_path, task={"_target_": "cdpo.compressive_sensing.Recovery"})
+    path = write_run(tmp_path, study={"_target_": "cdpo.compressive_sensing.Recovery"})
     change(path, "choices", experiment="compressive_sensing")
     row = runs.table(tmp_path).iloc[0]
     assert row["experiment"] == "compressive_sensing"

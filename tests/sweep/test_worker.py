@@ -6,7 +6,7 @@ import pytest
 
 from cdpo.config.task import Task, file_of, write_task
 from cdpo.errors import RankLost
-from cdpo.sweep.tasks import earlier
+from cdpo.sweep.outcome import earlier
 from cdpo.sweep.worker import SlurmJob
 from cdpo.training.directory import RunDirectory
 

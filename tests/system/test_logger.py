@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cdpo.system import logger
-from cdpo.system.logger import Nothing, Wandb, run_id
+from cdpo.system.logger import NoLogger, Wandb, run_id
 
 
 class Fake(types.ModuleType):
@@ -152,7 +152,7 @@ def test_settings_are_checked_and_nothing_does_nothing(tmp_path):
     with pytest.raises(ValueError, match="seconds"):
         Wandb(init_timeout=0)
     Wandb().log({"step": 1})  # never started
-    copy = Nothing()
+    copy = NoLogger()
     copy.start(tmp_path, {})
     copy.log({"step": 1})
     copy.finish()
@@ -165,7 +165,7 @@ def test_yaml_has_the_keys_of_the_class():
     import yaml
 
     conf = Path(__file__).parents[2] / "conf" / "logger"
-    for name, kind in (("wandb", Wandb), ("none", Nothing)):
+    for name, kind in (("wandb", Wandb), ("none", NoLogger)):
         settings = yaml.safe_load((conf / f"{name}.yaml").read_text())
         assert settings.pop("_target_") == f"cdpo.system.{kind.__name__}"
         assert list(settings) == [field.name for field in dataclasses.fields(kind)]

@@ -15,8 +15,8 @@ from small_runs import OWN, SMALL, jsonl
 
 from cdpo.config import build as config
 from cdpo.errors import ConfigError, NumericsError, Preempted
-from cdpo.model.head import linear_head
 from cdpo.model.layers import decoder_layers
+from cdpo.model.logps import linear_head
 from cdpo.system import checkpoint
 from cdpo.training import job, loop
 
@@ -194,7 +194,7 @@ def test_a_run_trains_all_of_its_model(tmp_path, monkeypatch):
 
     def fitting(run):
         run.policy.eval()
-        run.policy.training, run.state.looked = True, 0  # as in a run that was evaluated before it was stopped
+        run.policy.training, run.state.evaluated = True, 0  # as in a run that was evaluated before it was stopped
         return fit(run)
 
     monkeypatch.setattr(loop, "gradient", gradient)

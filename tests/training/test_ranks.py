@@ -159,7 +159,7 @@ def test_shares_hold_every_item_once_and_one_rank_has_the_step_itself():
         for ranks in (2, 3, 8):
             shares = plan.shares(step, ranks)
             assert len(shares) == ranks
-            assert sorted(i for share in shares for batch in share for i in batch) == sorted(plan.chosen(step))
+            assert sorted(i for share in shares for batch in share for i in batch) == sorted(plan.step_items(step))
             loads = [sum(plan.sizes[i] for batch in share for i in batch) for share in shares]
             assert max(loads) - min(loads) <= max(plan.sizes)
 

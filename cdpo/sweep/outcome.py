@@ -16,7 +16,7 @@ from cdpo.training.directory import RunDirectory
 
 log = logging.getLogger(__name__)
 
-INTERRUPTED = Preempted.exit_code  # of a run that goes on when the same command is given again
+PREEMPTED = Preempted.exit_code  # of a run that goes on when the same command is given again
 
 
 class Outcome(NamedTuple):
@@ -33,11 +33,11 @@ def done(task: Task) -> Outcome:
 
 
 def failure(task: Task, error: Exception) -> Outcome:
-    """The outcome of a run that raised.
+    """The outcome of a run that raised; removes its directory if nothing was begun in it, logs what is not our error.
 
     Not the exception itself: its traceback would keep the model in memory through the rest of a sweep.
     """
-    if not RunDirectory(task.directory).forget_bare() and not isinstance(error, CdpoError):
+    if not RunDirectory(task.directory).remove_if_bare() and not isinstance(error, CdpoError):
         log.error("%s", "".join(traceback.format_exception(error)))
     return Outcome(task, f"{type(error).__name__}: {error}", getattr(error, "exit_code", 1))
 
@@ -67,10 +67,10 @@ def earlier(task: Task, retry_failed: bool) -> Outcome | None:
     return None
 
 
-def own_word(task: Task) -> Outcome | None:
-    """What a run says of its end; None if it says nothing, or was stopped and would go on."""
+def reported(task: Task) -> Outcome | None:
+    """How a run says that it ended; None if it says nothing, or was stopped and would go on."""
     said = read_ending(task)
-    return earlier(task, retry_failed=True) if said is None or said.exit_code == INTERRUPTED else said
+    return earlier(task, retry_failed=True) if said is None or said.exit_code == PREEMPTED else said
 
 
 # -------------------------------------------------------------------------------------------------------- at the end
@@ -83,7 +83,7 @@ def end(folder: Path, outcomes: Sequence[Outcome]) -> int:
     record(folder / "sweep.json", outcomes)
     report(folder)
     failures = {outcome.exit_code for outcome in outcomes if outcome.exit_code}
-    return INTERRUPTED if failures == {INTERRUPTED} else int(bool(failures))
+    return PREEMPTED if failures == {PREEMPTED} else int(bool(failures))
 
 
 def record(path: Path, outcomes: Sequence[Outcome]) -> None:
