@@ -1,4 +1,4 @@
-"""Runs that several ranks do together, in processes that torchrun started: `ranked.py JOBS.json`, a list of jobs.
+"""Runs that several ranks do together: `ranked.py JOBS.json` in each of their processes, a list of jobs.
 
 A job: config, directory, and on some ranks a fault that comes with a step: a signal, an exception, or SIGKILL.
 """
@@ -9,19 +9,39 @@ import atexit
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forking
 
-def together(jobs: list[dict[str, Any]], folder: Path, ranks: int = 2, timeout: float = 300) -> tuple[int, str]:
-    """Do the jobs, one after another, on so many ranks; the exit code and all that was printed."""
+
+def together(jobs: list[dict[str, Any]], folder: Path, ranks: int = 2) -> str:
+    """Do the jobs, one after another, on so many ranks, which all end well; returns all that was printed."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place |= {"PYTHONPATH": str(Path(__file__).parent)}
+    started = [
+        forking.Program(
+            "-m", "ranked", folder / "jobs.json", env=os.environ | place | {"RANK": str(i), "LOCAL_RANK": str(i)}
+        )
+        for i in range(ranks)
+    ]
+    assert [one.wait() for one in started] == [0] * ranks, [one.err for one in started]
+    return "".join(one.out + one.err for one in started)
+
+
+def by_torchrun(jobs: list[dict[str, Any]], folder: Path, ranks: int = 2) -> tuple[int, str]:
+    """The same by torchrun, which ends all ranks where one has died; its exit code and all that was printed."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [*torchrun, __file__, str(folder / "jobs.json")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     return done.returncode, done.stdout + done.stderr
 
 

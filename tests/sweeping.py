@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
+
+import forking
 
 FAULTS = """
 import os, signal, sys, time
@@ -57,17 +57,17 @@ class Sweeper:
         usual += [f"output_root={self.out}", "trainer.max_steps=3", "trainer.log_every=1"]
         given = {word.split("=")[0] for word in overrides}
         usual = [word for word in usual if given.isdisjoint((word.split("=")[0], word.split(".")[0]))]
-        command = [sys.executable, "-m", "cdpo.train", "-m", "--config-dir", str(self.folder)]
+        command = ["-m", "cdpo.train", "-m", "--config-dir", str(self.folder)]
         return [*command, *usual, *self.more, *overrides]
 
     def environment(self) -> dict[str, str]:
         return os.environ | {"PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1", "CDPO_DEBUG": ""}
 
-    def start(self, *overrides: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(self.command(*overrides), text=True, env=self.environment())
+    def start(self, *overrides: str) -> forking.Program:
+        return forking.Program(*self.command(*overrides), env=self.environment())
 
     def run(self, *overrides: str) -> tuple[int, str]:
-        done = subprocess.run(self.command(*overrides), capture_output=True, text=True, env=self.environment())
+        done = forking.run(*self.command(*overrides), env=self.environment())
         return done.returncode, done.stdout + done.stderr
 
     def endings(self) -> dict[str, str]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import csv
 import itertools
-import subprocess
-import sys
 from pathlib import Path
 
+import forking
 import numpy as np
 import pytest
 import yaml
@@ -195,8 +194,8 @@ def test_values_that_cannot_be_used_are_refused_by_name(key, value):
 
 def test_the_experiment_runs_and_refuses_what_it_would_ignore(tmp_path):
     def run(*arguments):
-        command = [sys.executable, "-m", "cdpo.train", "experiment=compressive_sensing", f"output_root={tmp_path}"]
-        return subprocess.run([*command, *arguments], capture_output=True, text=True)
+        command = ["-m", "cdpo.train", "experiment=compressive_sensing", f"output_root={tmp_path}"]
+        return forking.run(*command, *arguments)
 
     refused = run("loss=ipo", "study.trials=1", "trainer.max_steps=3")
     assert refused.returncode == 2

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forking
 import pytest
 import yaml
 from composing import composed
@@ -103,8 +104,7 @@ HELP = sorted({line.partition("#")[0].strip() for line in LINES if "cdpo-train -
 
 @pytest.mark.parametrize("line", HELP)
 def test_help_answers_what_the_pages_ask(line):
-    command = [sys.executable, "-m", "cdpo.train", *shlex.split(line.partition("cdpo-train")[2])]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = forking.run("-m", "cdpo.train", *shlex.split(line.partition("cdpo-train")[2]))
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) > 2
 
@@ -179,15 +179,15 @@ def test_the_examples_train(line, mine):
 
 @pytest.mark.parametrize(("name", "nodes"), [("slurm_node", 1), ("slurm_nodes", 2)])
 def test_presets_of_whole_nodes(name, nodes):
-    command = [sys.executable, "-m", "cdpo.train", f"hydra/launcher={name}", "--cfg", "hydra", "-p", "hydra.launcher"]
-    shown = yaml.safe_load(subprocess.run(command, capture_output=True, text=True).stdout)
+    asked = ["-m", "cdpo.train", f"hydra/launcher={name}", "--cfg", "hydra", "-p", "hydra.launcher"]
+    shown = yaml.safe_load(forking.run(*asked).stdout)
     assert (shown["nodes"], shown["tasks_per_node"], shown["gpus_per_node"], shown["partition"]) == (nodes, 8, 8, None)
     assert f"`{name}`" in PAGES["sweeps.md"] or f"hydra/launcher={name}" in PAGES["sweeps.md"]
 
 
 def test_a_launcher_of_your_own_site(mine):
     command = ["-m", "cdpo.train", "--config-dir", "mine", "hydra/launcher=mysite", "--cfg", "hydra"]
-    done = subprocess.run([sys.executable, *command, "-p", "hydra.launcher"], capture_output=True, text=True)
+    done = forking.run(*command, "-p", "hydra.launcher")
     shown = yaml.safe_load(done.stdout)
     assert (shown["partition"], shown["timeout_min"], len(shown["setup"])) == ("gpu", 240, 2)
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forking
 import pytest
 
 from cdpo import train
@@ -160,21 +159,16 @@ def test_dataset_limits_that_a_model_cannot_hold_are_refused(cdpo_train, tmp_pat
     assert "the model knows 64 positions" in text
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}
+def started(folder: Path, *arguments: str) -> forking.Program:
+    small = ["logger=none", "model.hidden_size=16", "model.heads=2", "trainer.max_steps=100000"]
+    return forking.Program("-m", "cdpo.train", *small, f"output_root={folder}", "name=run", *arguments)
 
 
-def started(folder: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "cdpo.train", "logger=none", "model.hidden_size=16", "model.heads=2",
-               "trainer.max_steps=100000", f"output_root={folder}", "name=run", *arguments]  # fmt: skip
-    return subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_steps(process: subprocess.Popen, folder: Path, steps: int) -> None:
+def wait_for_steps(process: forking.Program, folder: Path, steps: int) -> None:
     deadline = time.monotonic() + 120
     path = folder / "run" / "metrics.jsonl"
     while not path.exists() or path.read_bytes().count(b"\n") < steps:
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.err
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -184,9 +178,8 @@ def test_a_signal_saves_and_exits_with_75(tmp_path, number):
     process = started(tmp_path)
     wait_for_steps(process, tmp_path, 5)
     process.send_signal(number)
-    _, text = process.communicate(timeout=60)
-    assert process.returncode == 75, text
-    assert "the same command goes on from there" in text
+    assert process.wait() == 75, process.err
+    assert "the same command goes on from there" in process.err
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "preempted"
     saved = sorted((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
@@ -198,11 +191,11 @@ def test_a_second_launch_in_the_same_directory_is_refused(tmp_path):
     process = started(tmp_path)
     wait_for_steps(process, tmp_path, 2)
     other = started(tmp_path)
-    _, text = other.communicate(timeout=60)
-    process.kill()
+    code = other.wait()
+    process.send_signal(signal.SIGKILL)
     process.wait()
-    assert other.returncode == 2
-    assert f"pid {process.pid}" in text
+    assert code == 2
+    assert f"pid {process.pid}" in other.err
 
 
 @pytest.mark.parametrize("group", ["model", "dataset", "loss", "optimizer", "logger", "constraint", "trainer"])

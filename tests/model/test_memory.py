@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import forking
 import pytest
 import torch
 from composing import composed, train
@@ -85,7 +85,7 @@ print(json.dumps([predicted, found]))
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("extra", ["plain", "lora", "checkpointing"])
 def test_bytes_per_token_are_what_a_pass_takes(kind, extra):
-    done = subprocess.run([sys.executable, "-c", GROWN, kind, extra], capture_output=True, text=True)
+    done = forking.run("-c", GROWN, kind, extra)
     assert done.returncode == 0, done.stderr
     predicted, taken = json.loads(done.stdout.splitlines()[-1])
     assert predicted == pytest.approx(taken, rel=0.25)

@@ -10,6 +10,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import forking
 import pandas as pd
 import pytest
 from report_files import Page, written
@@ -69,7 +70,7 @@ def test_a_single_run_is_a_directory_of_runs(tmp_path):
 
 def test_the_package_is_a_command(tmp_path):
     write_run(tmp_path)
-    subprocess.run([sys.executable, "-m", "cdpo.report", str(tmp_path)], check=True, capture_output=True)
+    forking.run("-m", "cdpo.report", tmp_path, check=True)
     assert (tmp_path / "report.html").is_file()
 
 
@@ -114,8 +115,7 @@ def test_help_is_quick():
 def test_a_sweep_ends_with_its_report(tmp_path):
     words = ["model=tabular", "logger=none", "trainer.max_steps=3", "trainer.batch_size=null", "optimizer=sgd"]
     words += ["name=s", "loss=rlhf,dpo", "dataset.prompts=4", "trainer.threads=1", f"output_root={tmp_path}"]
-    command = [sys.executable, "-m", "cdpo.train", "-m", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = forking.run("-m", "cdpo.train", "-m", *words)
     assert done.returncode == 0, done.stderr
     assert f"report: {tmp_path / 's' / 'report.html'}" in done.stdout.replace("\n", "")
     table = pd.read_csv(tmp_path / "s" / "gap.csv").set_index("loss")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 
+import forking
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -101,8 +100,7 @@ def test_legality_is_checked_until_every_override_was_in_a_job(monkeypatch):
 
 
 def run(*arguments: str):
-    command = [sys.executable, "-m", "cdpo.train", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    return forking.run("-m", "cdpo.train", *arguments)
 
 
 def test_an_experiment_narrowed_on_the_command_line_runs_what_is_left(tmp_path):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import time
 
+import forking
 import pytest
 from sweeping import Sweeper
 
@@ -53,6 +52,7 @@ def test_a_signal_saves_what_runs_and_starts_nothing_more(sweeper, number):
                             "hydra.launcher.at_once=1")  # fmt: skip
     deadline = time.monotonic() + 90
     while not list(sweeper.out.glob("*/progress.json")):
+        assert process.poll() is None, process.err
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(number)
@@ -73,7 +73,7 @@ def test_what_a_run_prints_is_kept(tmp_path):
     """Also what it has only begun to write when it ends."""
     script = "from cdpo.sweep import local; local.write_to(local.Path('out')); local.child({})"
     for work, words in (("lambda: print('last words') or 3", "last words"), ("lambda: 1 / 0", "ZeroDivisionError")):
-        code = subprocess.run([sys.executable, "-c", script.format(work)], cwd=tmp_path).returncode
+        code = forking.run("-c", script.format(work), cwd=tmp_path).returncode
         assert words in (tmp_path / "out").read_text()
         assert code == (3 if "print" in work else 1)
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 
+import forking
 import pytest
 import torch
 
@@ -41,9 +40,7 @@ print(name, "computed" if here else "read", len(seen))
 
 
 def worker(tmp_path, name, seconds):
-    command = [sys.executable, "-c", WORKER, str(tmp_path), name, str(seconds)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return forking.Program("-c", WORKER, tmp_path, name, seconds)
 
 
 def begun(tmp_path, name):
@@ -55,19 +52,19 @@ def begun(tmp_path, name):
 
 def test_of_processes_at_once_one_computes(tmp_path):
     workers = [worker(tmp_path, f"w{i}", 3) for i in range(2)]
-    told = [process.communicate(timeout=120) for process in workers]
-    assert [process.returncode for process in workers] == [0, 0], told
-    assert Counter(out.split()[1] for out, _ in told) == {"computed": 1, "read": 1}
+    assert [process.wait() for process in workers] == [0, 0], [process.err for process in workers]
+    assert Counter(process.out.split()[1] for process in workers) == {"computed": 1, "read": 1}
     assert len((tmp_path / "computed").read_text().split()) == 1
 
 
 def test_who_waits_sees_progress_and_says_for_whom(tmp_path):
     holder = worker(tmp_path, "holder", 6)
     begun(tmp_path, "holder")
-    out, err = worker(tmp_path, "waiter", 0).communicate(timeout=120)
-    assert holder.wait(60) == 0
-    assert f"computed by pid {holder.pid} on host" in err
-    assert int(out.split()[2]) > 1
+    waiter = worker(tmp_path, "waiter", 0)
+    assert waiter.wait() == 0, waiter.err
+    assert holder.wait() == 0, holder.err
+    assert f"computed by pid {holder.pid} on host" in waiter.err
+    assert int(waiter.out.split()[2]) > 1
 
 
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
@@ -76,9 +73,11 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
     waiter = worker(tmp_path, "waiter", 0)
     time.sleep(1)
     holder.send_signal(signal.SIGKILL)
-    out, err = waiter.communicate(timeout=120)
-    assert out.split()[:2] == ["waiter", "computed"], err
-    assert worker(tmp_path, "late", 0).communicate(timeout=120)[0].split()[:2] == ["late", "read"]
+    waiter.wait()
+    assert waiter.out.split()[:2] == ["waiter", "computed"], waiter.err
+    late = worker(tmp_path, "late", 0)
+    late.wait()
+    assert late.out.split()[:2] == ["late", "read"], late.err
 
 
 def test_a_stopped_holder_is_not_waited_for_for_ever(tmp_path, monkeypatch, caplog):
@@ -95,8 +94,8 @@ def test_a_stopped_holder_is_not_waited_for_for_ever(tmp_path, monkeypatch, capl
             assert found is None
             assert torch.equal(entry.keep(numbers), numbers)
     finally:
-        holder.kill()
-        holder.communicate()
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
     assert torch.equal(entry.read(), numbers)
     assert "no sign of life" in caplog.text
 

@@ -8,9 +8,10 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import time
 from pathlib import Path
+
+import forking
 
 from cdpo.system.logger import run_id
 
@@ -39,7 +40,7 @@ def attempt(folder: Path, call: str, **env: str) -> subprocess.CompletedProcess:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     clean |= {"HF_TOKEN": "hf_0123456789", "NETRC": "/dev/null", "HOME": str(folder.parent), **env}
     code = f"{RUN}\nattempt(Path({str(folder)!r}), {call})"
-    return subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=120)
+    return forking.run("-c", code, env=clean, timeout=120)
 
 
 def records(path: Path):
@@ -131,7 +132,7 @@ copy.finish()
 print("finished")
 """
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    result = forking.run("-c", code, env=env, timeout=60)
     assert (result.returncode, result.stdout) == (0, "finished\n"), result.stderr
     assert result.stderr.count("wandb is gone") == 1
     assert "Traceback" not in result.stderr

@@ -5,9 +5,8 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 
+import forking
 import pytest
 import torch
 
@@ -120,5 +119,5 @@ for step in range(100):
     file.log({{"step": step}})
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert forking.run("-c", code).returncode == -signal.SIGKILL
     assert [row["step"] for row in rows(tmp_path / "m.jsonl")] == list(range(100))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forking
 import pytest
 from composing import NEEDS, composed, train
 from run_files import rows, same, timeless, weights
@@ -85,19 +83,18 @@ def test_a_signal_during_an_evaluation_puts_it_off_and_loses_nothing(tmp_path, m
 
 def test_kill_9_at_random_moments_then_the_same_command(tmp_path):
     """Three kills at different moments; the final weights and the metrics are those of an undisturbed run."""
-    command = [sys.executable, "-m", "cdpo.train", *SMALL, "trainer.max_steps=400", "constraint=[lora_r4,dropout]",
+    command = ["-m", "cdpo.train", *SMALL, "trainer.max_steps=400", "constraint=[lora_r4,dropout]",
                "trainer.checkpoint_every=20", f"output_root={tmp_path}"]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "name=whole"], check=True, env=environment, capture_output=True)
+    forking.run(*command, "name=whole", check=True)
     folder = tmp_path / "parts"
     for kill_after in (30, 110, 250):
-        process = subprocess.Popen([*command, "name=parts"], env=environment, stderr=subprocess.DEVNULL)
+        process = forking.Program(*command, "name=parts")
         deadline = time.monotonic() + 120
         while (
             not (folder / "metrics.jsonl").exists()
             or len((folder / "metrics.jsonl").read_bytes().splitlines()) < kill_after
         ):
-            assert process.poll() is None, "ended before it could be killed"
+            assert process.poll() is None, f"ended before it could be killed: {process.err}"
             assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
@@ -105,7 +102,7 @@ def test_kill_9_at_random_moments_then_the_same_command(tmp_path):
     last = checkpoint.newest(folder / "checkpoints")
     assert last is not None
     assert 100 <= last[0] < 400
-    subprocess.run([*command, "name=parts"], check=True, env=environment, capture_output=True)
+    forking.run(*command, "name=parts", check=True)
     assert same(weights(tmp_path / "whole"), weights(folder))
     assert timeless(tmp_path / "whole") == timeless(folder)
 
