@@ -7,7 +7,7 @@ import pandas as pd
 from cdpo.report import gap
 from cdpo.report.labels import label
 
-RLHF = "cdpo.losses.candidates.RLHF"
+RLHF = "cdpo.losses.RLHF"
 COUNTER = iter(range(10_000))
 
 

@@ -5,9 +5,9 @@ Pure functions of the table of `cdpo.report.runs`. Means are taken only over run
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
-from os.path import commonprefix  # of the characters
 from typing import TYPE_CHECKING, Any
 
 from cdpo.config.identity import NOT_IN_DIGEST
@@ -169,8 +169,14 @@ def _families(rows: list[dict[str, Any]]) -> dict[str, str]:
     shared: dict[str, list[str]] = {}
     for name, kind in classes.items():
         shared.setdefault(kind, []).append(re.sub(r"_r\d+$", "", name))
-    called = {kind: commonprefix(stems).rstrip("_") or kind.rpartition(".")[2] for kind, stems in shared.items()}  # noqa: RUF071
+    called = {kind: _common(stems) or kind.rpartition(".")[2].lower() for kind, stems in shared.items()}
     return {name: called[kind] for name, kind in classes.items()}
+
+
+def _common(names: list[str]) -> str:
+    """The words that all the names begin with: early_stop_kl and early_stop_metric share early_stop."""
+    words = zip(*(name.split("_") for name in names))
+    return "_".join(same[0] for same in itertools.takewhile(lambda column: len(set(column)) == 1, words))
 
 
 def _is_ceiling(row: dict[str, str]) -> bool:

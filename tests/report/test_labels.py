@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from table_of_runs import RLHF, labels, run
 
 
@@ -10,7 +11,7 @@ def test_varying_parameters_of_a_loss_become_its_label():
     assert set(labels(*rows).runs["loss_label"]) == {"gaussian (noise_scale 1)", "gaussian (noise_scale 2)"}
     rows = run("dpo", 0.5, loss__beta=0.1), run("dpo", 0.5, loss__beta=1.0)
     assert list(labels(*rows).runs["loss_label"]) == ["dpo (beta 0.1)", "dpo (beta 1)"]
-    rows = [run("wpo", 0.5, loss__loss___target_=f"cdpo.losses.pairwise.{name}") for name in ("DPO", "IPO")]
+    rows = [run("wpo", 0.5, loss__loss___target_=f"cdpo.losses.{name}") for name in ("DPO", "IPO")]
     assert list(labels(*rows).runs["loss_label"]) == ["wpo (loss dpo)", "wpo (loss ipo)"]
 
 
@@ -23,11 +24,26 @@ def test_varying_parameters_of_a_constraint_become_its_label():
 
 def test_levels_of_a_family():
     rows = [run("dpo", 0.5, f"lora_r{r}", **{f"constraint__lora_r{r}__rank": r,
-            f"constraint__lora_r{r}___target_": "cdpo.constraints.lora.LoRA"}) for r in (1, 4)]  # fmt: skip
+            f"constraint__lora_r{r}___target_": "cdpo.constraints.LoRA"}) for r in (1, 4)]  # fmt: skip
     found = labels(*rows, run("dpo", 0.5, "sparse_topk", constraint__sparse_topk__k=None,
                               constraint__sparse_topk__fraction=0.25)).runs  # fmt: skip
     assert list(zip(found["family"], found["level_name"], found["level"])) == [
         ("lora", "rank", 1.0), ("lora", "rank", 4.0), ("sparse_topk", "fraction", 0.25)]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "family"),
+    [
+        (["lora_r1", "lora_r16"], "LoRA", "lora"),
+        (["early_stop", "early_stop_kl", "early_stop_metric"], "EarlyStop", "early_stop"),
+        (["freeze_embeddings", "train_last_layers"], "Freeze", "freeze"),
+        (["l2_ball"], "L2Ball", "l2_ball"),
+    ],
+)
+def test_constraints_of_one_class_are_a_family(names, kind, family):
+    target = f"cdpo.constraints.{kind}"
+    rows = [run("dpo", 0.5, name, **{f"constraint__{name}___target_": target}) for name in names]
+    assert set(labels(*rows).runs["family"]) == {family}
 
 
 def test_what_follows_the_seed_or_the_constraint_is_no_setting():

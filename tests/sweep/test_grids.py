@@ -103,6 +103,7 @@ def run(*arguments: str):
     return forking.run("-m", "cdpo.train", *arguments)
 
 
+@pytest.mark.slow
 def test_an_experiment_narrowed_on_the_command_line_runs_what_is_left(tmp_path):
     base = ("experiment=constraint_gap", f"output_root={tmp_path}", "trainer.max_steps=2", "seed=0")
     done = run(*base, "loss=rlhf,dpo", "constraint=none,l2_to_start")

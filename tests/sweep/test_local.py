@@ -17,6 +17,7 @@ def sweeper(tmp_path):
     return Sweeper(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_that_dies_leaves_the_others_alone_and_the_same_command_does_the_rest(sweeper):
     hows = "loss.how=none,kill,segv,exit,raise"
     code, text = sweeper.run(hows)
