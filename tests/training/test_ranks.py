@@ -182,6 +182,7 @@ def started(folder: Path, *overrides: str, ranks: int = 2) -> subprocess.Complet
 
 
 @pytest.mark.slow
+@pytest.mark.flaky(reruns=1)
 def test_the_command_line_of_two_ranks(tmp_path):
     done = started(tmp_path, *RUNS["tabular"], "trainer.distributed=ddp", "name=run")
     assert done.returncode == 0, done.stderr
@@ -194,6 +195,7 @@ def test_the_command_line_of_two_ranks(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.flaky(reruns=1)
 def test_a_rank_that_is_killed_ends_the_other_and_is_told(tmp_path):
     config = run_of("tiny", "ddp")
     code, _ = by_torchrun(
@@ -247,6 +249,7 @@ def test_shards_resume_exactly(fsdp):
 
 
 @pytest.mark.slow
+@pytest.mark.flaky(reruns=1)
 def test_an_error_in_a_sharded_rank_ends_the_other(tmp_path):
     config = composed(*TINY, "trainer.distributed=fsdp")
     job_ = {"config": config, "folder": str(tmp_path / "r"), "rank": 1, "step": 5, "fault": "raise"}
