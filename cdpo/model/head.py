@@ -94,9 +94,8 @@ class _LogProbs(torch.autograd.Function):
         summed = logsum.new_zeros(len(hidden)).index_add_(0, position, gradient)  # [M]; the gradients at each position
         if expected is not None:
             own = (gradient[:, None] * ctx.transform.scale) * weight[target]
-            d_hidden = (expected * (-ctx.transform.scale * summed)[:, None]).index_add_(
-                0, position, own.to(expected.dtype)
-            )
+            d_hidden = expected * (-ctx.transform.scale * summed)[:, None]
+            d_hidden.index_add_(0, position, own.to(expected.dtype))
             return d_hidden.to(hidden.dtype), None, None, *rest
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         h = hidden.to(dtype)

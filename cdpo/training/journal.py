@@ -51,9 +51,8 @@ class Journal:
             self.record(state.step_metrics)
         if self.writes:
             self.heartbeat.beat(state.step)
-        self.bar.update(
-            state.step, **{name: state.step_metrics[key] for name, key in SHOWN.items() if key in state.step_metrics}
-        )
+        metrics = state.step_metrics
+        self.bar.update(state.step, **{name: metrics[key] for name, key in SHOWN.items() if key in metrics})
 
     def evaluated(self, found: Evaluation) -> None:
         """An evaluation: its numbers and those of the constraints, its histograms, at the end the table of prompts."""

@@ -96,9 +96,7 @@ def gradient(run: Run, first: bool = True) -> dict[str, float]:
     norm = full_tensor(get_total_norm([p.grad for p in run.parameters if p.grad is not None]))
     prefetch_next(run)  # while a GPU is still at work: the next line waits for it
     objective, log_probs, grad_norm = torch.cat([ranks.all_sum(sums), norm.double()[None]]).tolist()
-    if not all(
-        map(math.isfinite, (objective, log_probs, grad_norm))
-    ):  # NaN or infinity in one log-prob is in their sum
+    if not all(map(math.isfinite, (objective, log_probs, grad_norm))):  # one log-prob of NaN makes their sum NaN
         raise nonfinite_error(run, objective, grad_norm)
     if run.trainer.max_grad_norm is not None and grad_norm > run.trainer.max_grad_norm:
         clip_grads_with_norm_(run.parameters, run.trainer.max_grad_norm, norm)
