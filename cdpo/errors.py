@@ -7,6 +7,7 @@ class CdpoError(Exception):
     """Anything that ends a run on purpose; `exit_code` is what the process returns."""
 
     exit_code = 1
+    told = False  # whether rank 0 says it for all
 
 
 class ConfigError(CdpoError, ValueError):
@@ -54,5 +55,5 @@ class Preempted(CdpoError):
 
 
 def rank_0_says(error: Exception) -> bool:
-    """Whether another rank need not print its error: rank 0 has met it too, or was told (`Ranks.each`)."""
+    """Whether another rank need not print its error: rank 0 has met it too, or was told (`Ranks.on_all`)."""
     return isinstance(error, (ConfigError, DataError, Preempted, RankLost)) or getattr(error, "told", False)

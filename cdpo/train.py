@@ -69,11 +69,11 @@ def with_model_group(arguments: list[str]) -> list[str]:
 def _job(cfg: DictConfig) -> None:
     """One run in this process. The runs of a sweep are carried out by cdpo.sweep."""
     task = task_of(cfg)
-    if task.sweep:
-        raise ConfigError("a sweep needs hydra/launcher=local or slurm: with others its runs would share one process")
     if place().rank:
         logging.disable()  # rank 0 says it
     try:
+        if task.sweep:
+            raise ConfigError("a sweep needs hydra/launcher=local or slurm: with others its runs would share a process")
         task = replace(task, composed=composed_of(cfg))
         _dry_run(task) if cfg.dry_run else _run(task)
     except Exception as error:
@@ -83,7 +83,9 @@ def _job(cfg: DictConfig) -> None:
             failure(task, error)  # leaves no directory in which nothing was begun
         if isinstance(error, (CdpoError, OSError, HydraException, OmegaConfBaseException)):
             raise
-        raise CdpoError(f"{type(error).__name__}: {error} (CDPO_DEBUG=1 shows the traceback)") from error
+        named = CdpoError(f"{type(error).__name__}: {error} (CDPO_DEBUG=1 shows the traceback)")
+        named.told = getattr(error, "told", False)
+        raise named from error
 
 
 def _run(task: Task) -> None:

@@ -140,6 +140,42 @@ def test_a_sweep_twice_trains_nothing_twice(cdpo_train, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*-*/*")} == before
 
 
+def test_a_swept_name_makes_sweeps_of_their_own(cdpo_train, tmp_path):
+    code, text = cdpo_train("-m", *QUICK, "name=a,b", "seed=0,1")
+    assert code == 0
+    for name in ("a", "b"):
+        assert f"report: {tmp_path}/out/{name}/report.html" in text.replace("\n", "")
+        record = json.loads((tmp_path / "out" / name / "sweep.json").read_text())["runs"]
+        begun = {path.parent.name for path in (tmp_path / "out" / name).glob("*/config.json")}
+        assert {run["directory"] for run in record} == begun
+        assert len(begun) == 2
+
+
+def test_a_launcher_of_one_process_is_refused_and_leaves_nothing(cdpo_train, tmp_path):
+    code, text = cdpo_train("-m", *QUICK, "seed=0,1", "hydra/launcher=basic")
+    assert code == 2
+    assert "a sweep needs hydra/launcher=local or slurm" in text
+    assert not list((tmp_path / "out").glob("bandit*"))
+
+
+def test_what_rank_0_says_no_other_rank_repeats(cdpo_train, monkeypatch):
+    def told(task):
+        error = RuntimeError("rank 1: on purpose\nand its traceback")
+        error.told = True  # as Ranks.on_all says
+        raise error
+
+    monkeypatch.setattr("cdpo.training.job.run", told)
+    assert "on purpose" in cdpo_train(*QUICK)[1]
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    try:
+        code, text = cdpo_train(*QUICK)
+    finally:
+        logging.disable(logging.NOTSET)  # as cdpo-train sets it on every rank but 0
+    assert code == 1
+    assert "on purpose" not in text
+
+
 def test_model_name_alone_chooses_the_hf_group():
     assert train.with_model_group(["model.name_or_path=x"]) == ["model=hf", "model.name_or_path=x"]
     chosen = ["model=gpt2", "model.name_or_path=x"]
@@ -248,6 +284,8 @@ def test_a_config_error_leaves_no_empty_directory(cdpo_train, tmp_path):
 
 
 def test_help_names_every_group_and_choice(cdpo_train):
+    for more in (["loss=dpo,ipo", "constraint=[lora_r8]", "-m"], [""]):  # added to a command that is there already
+        assert cdpo_train(*more, "--help") == cdpo_train("--help")
     code, text = cdpo_train("--help")
     words = set(text.replace("=", " ").replace(",", " ").split())
     shipped = {path.stem for path in CONF.glob("*/*.yaml") if path.parent.name != "hydra"}

@@ -35,7 +35,11 @@ def help_text(arguments: Sequence[str]) -> str:
         own += [Path(folder) for folder in words[at + 1 : at + 2]]
         del words[at : at + 2]
     known = groups(own)
-    asked = [word for word in words if word[0] != "-" and ("=" not in word or word.partition("=")[0] in known)]
+    asked = [
+        word
+        for word in words
+        if re.fullmatch(r"[\w/]+(=\w+)?", word) and (word.partition("=")[0] in known or "=" not in word)
+    ]
     return "\n\n".join(_help_for(word, known) for word in asked) if asked else _overview(known)
 
 

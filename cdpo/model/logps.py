@@ -63,18 +63,24 @@ class Scorer(nn.Module):
 
 
 def linear_head(model: nn.Module) -> nn.Linear | None:
-    """The head if it is a plain matrix that nothing else listens to; an adapted or compiled one is not."""
+    """The head, where the model can run without it: a plain matrix, nothing compiled, no hook left out."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if get is not None else None
     compiled = getattr(model, "_compiled_call_impl", None) is not None
-    hooked = head is not None and (head._forward_hooks or head._forward_pre_hooks)
-    return head if type(head) is nn.Linear and not (hooked or compiled) else None
+    if type(head) is not nn.Linear or compiled:
+        return None
+    hooked = any(one._forward_hooks or one._forward_pre_hooks for one in (head, model, _without_adapters(model)))
+    return None if hooked else head
 
 
 def decoder(model: Any) -> nn.Module:
     """A causal language model without its head, adapters or not."""
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    return inner.base_model  # type: ignore[no-any-return]
+    inner = _without_adapters(model)
+    return inner.model if inner.base_model is inner else inner.base_model  # type: ignore[no-any-return]
+
+
+def _without_adapters(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def inputs_of(batch: Batch, whole_model: bool = False) -> dict[str, Any]:

@@ -85,7 +85,8 @@ class ReferencePass:
             if known is not None:
                 return known, "cache"
             found = self._computed(scorer, ordered, self.tell)
-            self.ranks.from_first(lambda: entry.keep(found))
+            if self.ranks.first:
+                entry.keep(found)
             return found, "computed"
         with entry.claimed(self.tell, fault) as known:
             if known is not None:

@@ -95,6 +95,7 @@ def _row(path: Path, listed: Mapping[str, Any]) -> dict[str, Any]:
     directory = RunDirectory(path)
     trees = {part: json_object(getattr(directory, part)) for part in ("config", "choices", "status", "summary")}
     config, saved, status, summary = (trees[part][0] for part in ("config", "choices", "status", "summary"))
+    config = _as_called_now(config)
     state = str(status.get("state") or summary.get("state") or "unknown")
     faults = {part: fault for part, (_, fault) in trees.items() if fault}
     needed = [("config", "trainer"), *([("summary", "metrics")] if state in DONE else [])]
@@ -110,6 +111,15 @@ def _row(path: Path, listed: Mapping[str, Any]) -> dict[str, Any]:
     row |= {f"{CONFIG}{key}": value for key, value in flat(config).items() if key and key != "hydra"}
     row |= {f"{METRIC}{key}": value for key, value in _metrics(summary).items()}
     return row | {"command": _command(path) or listed.get("command")}
+
+
+def _as_called_now(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a run that was written before 2026-11-26, under the names since then."""
+    config = {"study" if key == "task" else key: value for key, value in config.items()}
+    loss = config.get("loss")
+    if isinstance(loss, dict) and loss.get("rewards") == "true":
+        config["loss"] = loss | {"rewards": "data"}
+    return config
 
 
 def _missing(path: Path, entry: Mapping[str, Any]) -> dict[str, Any]:

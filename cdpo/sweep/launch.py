@@ -43,7 +43,7 @@ def launch(tasks: Iterable[Task | Outcome], folder: Path, how: Launcher, dry: bo
         return _estimated(tasks, how)
     with locked(folder, "swept"):
         outcomes = _carried_out(_checked(tasks, how), how)
-    return end(folder, outcomes) if outcomes else 0
+    return end(outcomes) if outcomes else 0
 
 
 def _estimated(tasks: Iterable[Task | Outcome], how: Launcher) -> int:

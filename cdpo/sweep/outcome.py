@@ -76,12 +76,16 @@ def reported(task: Task) -> Outcome | None:
 # -------------------------------------------------------------------------------------------------------- at the end
 
 
-def end(folder: Path, outcomes: Sequence[Outcome]) -> int:
-    """One line per run, sweep.json, the report; returns 0 if all are done, 75 if it was asked to stop, else 1."""
+def end(outcomes: Sequence[Outcome]) -> int:
+    """One line per run; its record and the report in the folder of each sweep, of which a swept `name` makes several.
+
+    Returns 0 if all are done, 75 if it was asked to stop, else 1.
+    """
     table = {outcome.task.directory.name: outcome.ending[:100] for outcome in outcomes}
     summary_table(table, title=f"{len(outcomes)} runs, {sum(not outcome.exit_code for outcome in outcomes)} done")
-    record(folder / "sweep.json", outcomes)
-    report(folder)
+    for folder in dict.fromkeys(outcome.task.directory.parent for outcome in outcomes):
+        record(folder / "sweep.json", [outcome for outcome in outcomes if outcome.task.directory.parent == folder])
+        report(folder)
     failures = {outcome.exit_code for outcome in outcomes if outcome.exit_code}
     return PREEMPTED if failures == {PREEMPTED} else int(bool(failures))
 

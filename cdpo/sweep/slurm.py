@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -60,21 +60,19 @@ class Slurm:
         """Submit what is not in the queue already; then wait until it is empty, or return at once."""
         if not tasks:
             return []
-        sweep = tasks[0].sweep
-        assert sweep is not None
-        file = sweep / "jobs.json"
-        known = read_json(file) if file.is_file() else {}
-        there = queue.queued([known[task.directory.name]["job_id"] for task in tasks if task.directory.name in known])
-        new = [task for task in tasks if known.get(task.directory.name, {}).get("job_id") not in there]
+        sweep = tasks[0].directory.parent
+        known = _known_jobs({task.directory.parent for task in tasks})
+        there = queue.queued([known[task.directory]["job_id"] for task in tasks if task.directory in known])
+        new = [task for task in tasks if known.get(task.directory, {}).get("job_id") not in there]
 
         def keep(sent: list[dict[str, str]]) -> None:
-            known.update({task.directory.name: {**job, "command": task.command} for task, job in zip(new, sent)})
-            write_json(file, known)
+            known.update({task.directory: {**job, "command": task.command} for task, job in zip(new, sent)})
+            _keep_jobs(known)
 
         options = {"job_name": f"cdpo-{sweep.name}"} | self.sbatch
         submit([SlurmJob(str(file_of(task)), self.max_requeues) for task in new], sweep / ".submitit", options, keep)
         print(f"{len(new)} jobs submitted, {len(tasks) - len(new)} in the queue before; cdpo-status {sweep}")
-        return self._waited(tasks, [known[task.directory.name]["job_id"] for task in tasks]) if self.wait else []
+        return self._waited(tasks, [known[task.directory]["job_id"] for task in tasks]) if self.wait else []
 
     def _waited(self, tasks: Sequence[Task], ids: list[str]) -> list[Outcome]:
         """Wait for the jobs of tasks. Ctrl-C ends the waiting, not the jobs."""
@@ -96,6 +94,17 @@ class Slurm:
         except ConfigError as error:
             log.warning("%s; asking again in %g s", error, self.poll_s)
             return before
+
+
+def _known_jobs(sweeps: Iterable[Path]) -> dict[Path, dict[str, str]]:
+    """The jobs that were submitted, by the directories of their runs; each sweep has them in its jobs.json."""
+    files = [file for sweep in sweeps if (file := sweep / "jobs.json").is_file()]
+    return {file.parent / name: job for file in files for name, job in read_json(file).items()}
+
+
+def _keep_jobs(known: dict[Path, dict[str, str]]) -> None:
+    for sweep in {path.parent for path in known}:
+        write_json(sweep / "jobs.json", {path.name: job for path, job in known.items() if path.parent == sweep})
 
 
 def _outcome(task: Task, job: str, states: dict[str, Queued], accounts: dict[str, str]) -> Outcome:

@@ -1,4 +1,4 @@
-"""Ranks: the processes that train one run together, what they tell each other, and strategy the weights lie on them.
+"""Ranks: the processes that train one run together, what they tell each other, and how the weights lie on them.
 
 Data parallel without a wrapper: every rank adds up the gradient of its own micro-batches, and one sum over the ranks
 ends the step. So a rank may have no micro-batch at all, and no hook depends on what a backward pass used.

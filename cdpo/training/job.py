@@ -74,7 +74,7 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def _told(session: Session) -> Iterator[None]:
-    """Within the block status.json says how the run is, and after it how it ended; then the logger's copy ends."""
+    """Within the block status.json says how the run is; after the logger's copy has ended too, how it ended."""
     if not session.ranks.first:
         yield
         return
@@ -85,14 +85,14 @@ def _told(session: Session) -> Iterator[None]:
         "ranks": session.ranks.size,
     }
     code = 0
-    try:
-        with session.directory.running(machine):
+    with session.directory.running(machine):
+        try:
             yield
-    except BaseException as error:
-        code = getattr(error, "exit_code", 1)
-        raise
-    finally:
-        session.spec.logger.finish(code)
+        except BaseException as error:
+            code = getattr(error, "exit_code", 1)
+            raise
+        finally:
+            session.spec.logger.finish(code)
 
 
 def _train(session: Session) -> dict[str, Any]:

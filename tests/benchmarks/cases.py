@@ -72,7 +72,7 @@ def prepare(case: Case, data: Path, folder: Path, steps: int) -> list[Item]:
 
 
 def _plan(case: Case, items: int, steps: int) -> Plan:
-    return Plan([1] * items, case.batch, steps, seed=0, token_budget=1)
+    return Plan([1] * items, case.batch, steps, seed=0, micro_batch=1)
 
 
 def _tokenizer(rows: list[Row], vocabulary: int) -> PreTrainedTokenizerFast:

@@ -12,6 +12,7 @@ from architectures import ITEMS, SHAPE, build, gradients, load, plain, score
 from torch import nn
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM
 
+from cdpo.constraints.lora import LoRA
 from cdpo.data.packing import pack
 from cdpo.model import head
 from cdpo.model.head import LeanHead, LogitTransform
@@ -248,6 +249,13 @@ def test_adapted_hooked_and_compiled_heads_are_left_alone(folders):
     handle = model.lm_head.register_forward_hook(lambda *_: None)
     assert linear_head(model) is None
     handle.remove()
+    handle = model.register_forward_pre_hook(lambda *_: None)  # which would miss the calls that leave the model out
+    assert linear_head(model) is None
+    handle.remove()
+    adapted = LoRA(rank=1).wrap(model)
+    assert linear_head(adapted) is model.lm_head
+    adapted.register_forward_hook(lambda *_: None)
+    assert linear_head(adapted) is None
     model.compile(backend="eager")
     assert linear_head(model) is None
 

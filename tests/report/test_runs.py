@@ -129,7 +129,7 @@ def test_numbers_that_no_float_holds_are_no_numbers(tmp_path):
     assert runs.history(path, ["loss"]) == {"loss": [(2, 0.5)]}
 
 
-def test_a_task_is_not_called_by_the_choices_that_it_does_not_use(tmp_path):
+def test_a_study_is_not_called_by_the_choices_that_it_does_not_use(tmp_path):
     path = write_run(tmp_path, study={"_target_": "cdpo.compressive_sensing.Recovery"})
     change(path, "choices", experiment="compressive_sensing")
     row = runs.table(tmp_path).iloc[0]
@@ -147,3 +147,17 @@ def test_runs_that_wait_to_begin_are_listed(tmp_path):
     (row,) = runs.table(tmp_path).query("state == 'missing'").to_dict("records")
     assert [row[name] for name in ("directory", "cause", "command", "loss")] == [
         "waits", "not begun yet", "cdpo-train seed=9", "dpo"]  # fmt: skip
+
+
+def test_runs_written_under_earlier_names_are_read_as_before(tmp_path):
+    """Until 2026-11-26 loss.rewards=data was 'true', and a study was a task."""
+    for loss in ("rlhf", "dpo"):
+        path = write_run(tmp_path, loss)
+        config = json.loads((path / "config.json").read_text())
+        config["loss"] |= {"rewards": "true"} if loss == "rlhf" else {}
+        config["task"] = config.pop("study")
+        (path / "config.json").write_text(json.dumps(config))
+    path = write_run(tmp_path, "gaussian_power")
+    change(path, "config", task={"_target_": "cdpo.compressive_sensing.Recovery"})
+    assert "The largest gap is" in Page(report(tmp_path).read_text()).text
+    assert runs.table(tmp_path).set_index("directory").loc[path.name, ["loss", "model"]].isna().all()

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -172,7 +173,7 @@ def test_detached_jobs_are_seen_and_not_submitted_twice_from_within_a_job_too(sw
     grid += tuple(f"hydra.launcher.{option}" for option in site)
     grid += ("+hydra.launcher.additional_parameters.comment=ours",)
     within = subprocess.run(  # the job's own SLURM_* would make the new jobs' srun fail
-        ["srun", "-n1", "--cpus-per-task=1", *sweeper.command(*grid)],
+        ["srun", "-n1", "--cpus-per-task=1", sys.executable, *sweeper.command(*grid)],
         capture_output=True, text=True, env=sweeper.environment(),
     )  # fmt: skip
     assert "2 jobs submitted, 0 in the queue before" in within.stdout, within.stderr

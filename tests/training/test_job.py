@@ -11,6 +11,7 @@ from run_files import rows
 from small_runs import OWN, SMALL, jsonl
 
 from cdpo.errors import ConfigError
+from cdpo.system.logger import NoLogger
 
 
 def test_a_constraint_that_stops_training_is_told_in_the_summary(tmp_path):
@@ -117,3 +118,24 @@ def test_no_secret_reaches_a_file(tmp_path, monkeypatch):
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in files)
     assert not [path for path in files if b"abcd1234secret" in path.read_bytes()]
+
+
+@pytest.mark.parametrize("fault", [None, RuntimeError("on purpose")])
+def test_a_run_has_not_ended_before_its_copy_has(tmp_path, monkeypatch, fault):
+    """A run that is killed while the copy ends goes on; one whose logger fails has failed."""
+    seen = []
+
+    def finish(self, code):
+        seen.append((json.loads((tmp_path / "run/status.json").read_text())["state"], code))
+        if fault:
+            raise fault
+
+    monkeypatch.setattr(NoLogger, "finish", finish)
+    settings = composed(*SMALL)
+    if fault:
+        with pytest.raises(RuntimeError, match="on purpose"):
+            train(settings, tmp_path / "run")
+    else:
+        train(settings, tmp_path / "run")
+    assert seen == [("running", 0)]
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == ("failed" if fault else "finished")
