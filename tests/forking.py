@@ -3,13 +3,16 @@
 torch and transformers take five seconds to import, and tests start a hundred programs. `run` and `Program` take what
 would follow `python`: `-c CODE` or `-m MODULE`, and arguments. All else is as for a process of its own: pid, signals,
 files, exit code; but what an interpreter reads when it starts (PYTHONHASHSEED, OMP_NUM_THREADS) is the same for all.
+What a program starts by `subprocess` as `python -m MODULE` is a fork of it in turn.
 """
 
 from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import json
+import logging
 import os
 import runpy
 import signal
@@ -130,9 +133,34 @@ def _become(asked: dict, files: list[int]) -> None:
     os.environ.clear()
     os.environ.update(asked["env"])
     sys.path[:1] = ["", *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    subprocess.Popen = Forked  # type: ignore[misc]
+    _end(*asked["arguments"])
+
+
+class Forked(subprocess.Popen):
+    """`python -m MODULE` without an interpreter of its own."""
+
+    def __init__(self, args, **options) -> None:
+        if isinstance(args, list) and args[:2] == [sys.executable, "-m"] and not options.get("env"):
+            sys.stdout.flush()
+            options["preexec_fn"] = lambda: _anew(args[1:])  # called where the interpreter would have been started
+        super().__init__(args, **options)
+
+
+def _anew(arguments: list[str]) -> None:
+    """As if nothing had been opened, logged or left for the end. Never returns."""
+    atexit._clear()
+    logging.root.handlers.clear()
+    gc.freeze()  # what owns a file must not close the number of another
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    _end(*arguments)
+
+
+def _end(*arguments: str) -> None:
+    """The program, and the end of this process with its exit code."""
     code = 1
     try:
-        _do(*asked["arguments"])
+        _do(*arguments)
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
