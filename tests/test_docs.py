@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import re
 import shlex
@@ -19,6 +20,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from cdpo import errors
 from cdpo.config import build as config
+from cdpo.config.build import CONF
+from cdpo.config.help import first_line
 from cdpo.data.bandit import Bandit
 from cdpo.data.sources import Jsonl
 from cdpo.train import with_model_group
@@ -27,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
 README = PAGES["README.md"]
 BLOCKS = [block for page in PAGES.values() for block in re.findall(r"^```(\w+)\n(.*?)^```$", page, re.M | re.S)]
-FILES = {m[1]: text for _, text in BLOCKS if (m := re.match(r"(?:# @package.*\n)?# (mine/[\w/.]+)", text))}
+FILES = {m[1]: text for _, text in BLOCKS if (m := re.match(r"(?:# @package.*\n)?# (?:[^\n]*; )?(mine/[\w/.]+)", text))}
 LINES = [line for kind, text in BLOCKS if kind == "sh" for line in text.replace("\\\n", " ").splitlines()]
 COMMANDS = sorted({line for line in LINES if "cdpo-train" in line and "--help" not in line})
 
@@ -73,12 +76,15 @@ def mine(tmp_path, monkeypatch):
 def test_the_examples_are_there():
     assert sorted(FILES) == [
         "mine/constraint/norm_cap.yaml",
+        "mine/csv_file.py",
+        "mine/dataset/csv_file.yaml",
         "mine/dataset/sums.yaml",
         "mine/hydra/launcher/mysite.yaml",
         "mine/loss/squared.yaml",
         "mine/norm_cap.py",
         "mine/squared.py",
         "mine/sums.py",
+        "mine/test_csv_file.py",
         "mine/test_norm_cap.py",
         "mine/test_squared.py",
         "mine/test_sums.py",
@@ -137,12 +143,13 @@ def test_links_lead_somewhere():
             assert (folder / target).is_file(), f"{name} links to {target}"
 
 
-def test_the_examples_pass_their_own_tests(mine):
+def test_the_examples_pass_their_own_tests(mine, tmp_path):
     for path in sorted(mine.glob("test_*.py")):
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        getattr(module, path.stem)()
+        test = getattr(module, path.stem)
+        test(*[tmp_path] * len(inspect.signature(test).parameters))
 
 
 def test_the_python_of_the_api_page_runs(tmp_path, monkeypatch, capsys):
@@ -193,7 +200,8 @@ def test_a_launcher_of_your_own_site(mine):
 
 
 def test_the_number_of_losses():
-    assert int(re.search(r"one of (\d+) losses", README)[1]) == len(list((ROOT / "conf/loss").glob("*.yaml")))
+    there = len(list((ROOT / "conf/loss").glob("*.yaml")))
+    assert f"one of {there} losses" in README, f"README.md tells another number than the {there} of conf/loss"
 
 
 def test_the_map_of_folders_is_complete():
@@ -209,6 +217,19 @@ def test_the_hooks_are_those_of_the_class():
     told = [re.sub(r"\(.*", "", quoted(row[0])[0]) for row in table("The hooks", "constraints.md")]
     hooks = [name for name, value in vars(Constraint).items() if callable(value) and not name.startswith("_")]
     assert told == [name for name in hooks if name != "load_state_dict"]
+
+
+def test_every_constraint_is_told_of():
+    told = {name for row in table("Constraints", "constraints.md") for name in quoted(row[1])}
+    presets = {path.stem for path in CONF.glob("constraint/*.yaml") if "\ndefaults:" in path.read_text()}
+    assert told - presets == {path.stem for path in CONF.glob("constraint/*.yaml")} - presets - {"none"}
+
+
+def test_a_choice_of_ones_own_says_what_it_is(mine):
+    said = {path.stem: first_line(path) for path in mine.glob("*/*.yaml")}
+    assert said.pop("norm_cap").startswith("No tensor moves by more than")
+    assert said.pop("squared").startswith("The squared hinge")
+    assert all(" " in line for line in said.values())
 
 
 def test_exit_codes():

@@ -153,7 +153,7 @@ def test_a_swept_name_makes_sweeps_of_their_own(sweep, tmp_path):
     code, text = sweep("name=a,b", "seed=0,1")
     assert code == 0
     for name in ("a", "b"):
-        assert f"report: {tmp_path}/out/{name}/report.html" in text.replace("\n", "")
+        assert f"report: {tmp_path}/out/{name}/report.html" in text
         record = json.loads((tmp_path / "out" / name / "sweep.json").read_text())["runs"]
         begun = {path.parent.name for path in (tmp_path / "out" / name).glob("*/config.json")}
         assert {run["directory"] for run in record} == begun

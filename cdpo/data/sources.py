@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ LOOK_AT = 200  # records that vote on the format
 
 @dataclass(frozen=True, kw_only=True)
 class Source(Dataset):
-    """What files and hub data sets share: which rows are refused, and which are held out."""
+    """What files and hub data sets share: which rows are refused, and which are held out. A subclass has `parts`."""
 
     format: Literal["auto", "columns", "transcripts", "messages", "scored"] = "auto"
     eval_size: float = 0.1  # held out of the training rows by the run's seed: a share below 1, else a number of rows
@@ -40,6 +40,19 @@ class Source(Dataset):
         require_positive(self, "max_rows", "max_eval_rows", "max_chars")
         if not 0 <= self.eval_size < math.inf or (self.eval_size >= 1 and self.eval_size != int(self.eval_size)):
             raise ConfigError(f"dataset.eval_size={self.eval_size}: choose a share below 1, or a whole number of rows")
+
+    def parts(self) -> Sequence[tuple[str, Iterable[Record]]]:
+        """The training rows, and the held-out ones if they lie apart: a name for messages, and the records.
+
+        Raises ConfigError if there are none to be read.
+        """
+        raise NotImplementedError
+
+    def load(self, seed: int) -> Data:
+        """Training and held-out rows. Raises DataError that names every row that cannot be used, ConfigError."""
+        ledger, parts = Ledger(), self.parts()
+        train, *held_out = [self._rows(name, records, ledger) for name, records in parts]
+        return self._finish(parts[0][0], train, held_out[0] if held_out else None, ledger, seed)
 
     def _policy(self, kind: str) -> str:
         return "error" if kind == "file" else str(getattr(self, option(kind)))  # nobody knows what a cut file held
@@ -111,14 +124,9 @@ class Jsonl(Source):
         if self.eval_path is not None:
             refuse_unused(self, ["eval_size"], "with dataset.eval_path, which names the held-out rows")
 
-    def load(self, seed: int) -> Data:
-        """Training and held-out rows. Raises DataError that names file and line of every row that cannot be used."""
-        ledger = Ledger()
-        train, held_out = (
-            self._rows(Path(path).name, read(Path(path)), ledger) if path is not None else None
-            for path in (self.path, self.eval_path)
-        )
-        return self._finish(Path(self.path).name, train or [], held_out, ledger, seed)
+    def parts(self) -> list[tuple[str, Iterator[Record]]]:
+        """The file, and that of held-out rows. Raises ConfigError if one is missing."""
+        return [(Path(path).name, read(Path(path))) for path in (self.path, self.eval_path) if path is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,17 +146,10 @@ class Hub(Source):
         if self.eval_split is not None:
             refuse_unused(self, ["eval_size"], "with dataset.eval_split, which names the held-out rows")
 
-    def load(self, seed: int) -> Data:
-        """Training and held-out rows. Raises DataError if the data set cannot be had, or has rows that cannot be used.
-
-        Rows are named "split:number", from 1.
-        """
-        ledger = Ledger()
-        train, held_out = (
-            self._rows(f"{self.name}[{part}]", self._records(part), ledger) if part is not None else None
-            for part in (self.split, self.eval_split)
-        )
-        return self._finish(self.name, train or [], held_out, ledger, seed)
+    def parts(self) -> list[tuple[str, Iterator[Record]]]:
+        """The splits. Rows are named "split:number", from 1; reading raises DataError if the data set cannot be had."""
+        splits = [split for split in (self.split, self.eval_split) if split is not None]
+        return [(f"{self.name}[{split}]", self._records(split)) for split in splits]
 
     def _records(self, part: str) -> Iterator[Record]:
         from datasets import load_dataset

@@ -92,7 +92,7 @@ def quality(study: Study) -> Drawing | None:
     caption = "Means over seeds, bars are standard errors."
     if shown == ["attained"]:
         caption = f"Attained of the optimum: 0 is the reference, 1 the optimum without a constraint. {caption}"
-    return figure.drawing("quality", caption, f"Dots for {len(study.losses())} losses, a row per constraint.")
+    return figure.drawing("quality", caption, "A dot per loss, a row per constraint.")
 
 
 def levels(study: Study) -> Drawing | None:

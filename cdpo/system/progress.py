@@ -93,7 +93,10 @@ def summary_table(rows: Mapping[str, Any], title: str = "") -> None:
     table.add_column(justify="right", overflow="fold")
     for name, value in rows.items():
         table.add_row(str(name), shown_number(value))
-    Console(file=sys.stdout, highlight=False, markup=False).print(table)
+    console = Console(file=sys.stdout, highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 10_000  # nothing is folded: a path in a file or a pipe stays one word
+    console.print(table)
 
 
 def shown_number(value: Any) -> str:

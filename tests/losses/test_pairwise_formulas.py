@@ -144,6 +144,11 @@ def oracle(loss, logps: Logps, pair: int, chosen=None, rejected=None):
     )
 
 
+def test_every_class_has_a_formula():
+    missing = {type(loss).__name__ for loss in LOSSES.values()} - {kind.__name__ for kind in ORACLES}
+    assert not missing, f"write the printed formula of {missing} into ORACLES"
+
+
 @every_loss
 def test_value_equals_the_printed_formula(loss):
     logps = random_logps(pairs=12, seed=1)

@@ -117,7 +117,7 @@ def test_a_sweep_ends_with_its_report(tmp_path):
     words += ["name=s", "loss=rlhf,dpo", "dataset.prompts=4", "trainer.threads=1", f"output_root={tmp_path}"]
     done = forking.run("-m", "cdpo.train", "-m", *words)
     assert done.returncode == 0, done.stderr
-    assert f"report: {tmp_path / 's' / 'report.html'}" in done.stdout.replace("\n", "")
+    assert f"report: {tmp_path / 's' / 'report.html'}" in done.stdout
     table = pd.read_csv(tmp_path / "s" / "gap.csv").set_index("loss")
     saved = {path.parent.name: json.loads(path.read_text())["metrics"] for path in tmp_path.glob("s/*/summary.json")}
     attained = {name.split("-")[2]: metrics["objective/attained"] for name, metrics in saved.items()}
