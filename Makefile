@@ -11,9 +11,9 @@ $(BIN)/cdpo-train: pyproject.toml requirements.lock
 run: install
 	$(BIN)/cdpo-train
 test: install
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n 2 -m "not slow"
 slow: install
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -n 2 --dist loadfile -m slow
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

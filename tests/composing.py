@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,13 @@ NEEDS = {
 }
 
 
+@cache
+def chosen(group: str, choice: str) -> dict[str, Any]:
+    """The config with a choice of a group; not to be changed."""
+    return composed(f"{group}={choice}", *NEEDS.get(choice, []))
+
+
 def node_of(group: str, choice: str) -> dict[str, Any]:
     """The part of the config that a choice of a group composes to, with what it inherits."""
-    node = composed(f"{group}={choice}", *NEEDS.get(choice, []))[group]
+    node = copy.deepcopy(chosen(group, choice)[group])
     return node.get(choice, {}) if group == "constraint" else node

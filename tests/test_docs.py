@@ -127,7 +127,7 @@ def test_the_first_screen_has_the_two_commands():
     assert README.index(second) < README.index("\n## ")
     assert "-m venv .venv" in first
     assert first.endswith("-e . && .venv/bin/cdpo-train")
-    assert second.endswith("-e '.[test]' && .venv/bin/pytest -m \"not slow\"")
+    assert second.endswith("-e '.[test]' && .venv/bin/pytest -n 2 -m \"not slow\"")
     for line in (first, second):
         assert "-c requirements.lock" in line
 

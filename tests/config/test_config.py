@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from composing import NEEDS, composed, node_of
+from composing import chosen, composed, node_of
 from omegaconf import OmegaConf
 
 from cdpo.config import build as config
@@ -20,7 +20,7 @@ CHOICES = [(path.parent.name, path.stem) for path in sorted(config.CONF.glob("*/
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice_composes_and_builds(group, choice):
-    spec = config.build(composed(f"{group}={choice}", *NEEDS.get(choice, [])))
+    spec = config.build(chosen(group, choice))
     assert dataclasses.is_dataclass(getattr(spec, group) if group not in ("constraint", "experiment") else spec)
 
 
@@ -31,7 +31,7 @@ def test_a_choice_says_every_key_of_its_class_in_order(group, choice):
     if (group, choice) == ("constraint", "none"):
         assert node == {}
         return
-    built = config.build(composed(f"{group}={choice}", *NEEDS.get(choice, [])))
+    built = config.build(chosen(group, choice))
     found = built.constraint[choice] if group == "constraint" else getattr(built, group)
     known = [field.name for field in dataclasses.fields(found) if field.init]
     assert [key for key in node if key != "_target_"] == known
