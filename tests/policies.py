@@ -75,7 +75,7 @@ def make(name):
 
 
 def prepare(model, *constraints):
-    """The wrapped policy and its change, as the engine makes them."""
+    """The wrapped policy and its change, as training makes them."""
     torch.manual_seed(1)
     for constraint in constraints:
         model = constraint.wrap(model)

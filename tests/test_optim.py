@@ -65,7 +65,7 @@ def test_options_out_of_range_are_named(cls, option):
 
 
 def descend(optimizer, steps=25):
-    """The path on sum(curvature * x ** 2) / 2 from START, as the engine steps: rate set, closure given."""
+    """The path on sum(curvature * x ** 2) / 2 from START, as training steps: rate set, closure given."""
     x = nn.Parameter(torch.tensor(START, dtype=torch.float64))
     optim = optimizer.build([x]) if isinstance(optimizer, OptimizerConfig) else optimizer([x])
     path = []

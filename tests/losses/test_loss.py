@@ -134,7 +134,7 @@ def test_hard_labels_are_evaluated_once_and_item_losses_as_they_are():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_that_reads_the_baseline_says_so(name):
-    """The engine keeps it only for those; others are given None."""
+    """Training keeps it only for those; others are given None."""
     loss, logps = LOSSES[name], random_logps()
     reads = not torch.equal(per_unit(loss, logps), per_unit(loss, replace(logps, baseline=0.5)))
     assert getattr(loss, "reads_baseline", False) == reads

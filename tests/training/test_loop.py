@@ -22,7 +22,7 @@ from cdpo.training import job, loop
 
 
 def gradient_of(settings: dict, folder: Path, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
-    """The gradient of the first step, as the engine makes it."""
+    """The gradient of the first step, as training makes it."""
     found = []
 
     def first(run):
