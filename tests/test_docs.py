@@ -15,6 +15,7 @@ import forking
 import pytest
 import yaml
 from composing import composed
+from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -68,6 +69,8 @@ def mine(tmp_path, monkeypatch):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+    pairs = [f"{i} + 1 =,{i + 1},{i}" for i in range(20)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["prompt,chosen,rejected", *pairs]))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path / "mine"))
     return tmp_path / "mine"
@@ -130,6 +133,12 @@ def test_the_first_screen_has_the_two_commands():
     assert second.endswith("-e '.[test]' && .venv/bin/pytest -n 2 -m \"not slow\"")
     for line in (first, second):
         assert "-c requirements.lock" in line
+
+
+def test_the_first_screen_names_the_run_that_its_command_makes():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        name = Path(compose("config", return_hydra_config=True).hydra.run.dir).name
+    assert README.count(name) == 2, f"the default run is {name} now"
 
 
 def test_the_readme_is_short():

@@ -58,6 +58,6 @@ def test_within_a_package_nothing_goes_in_a_circle():
 
 
 def test_nobody_inside_a_package_goes_through_its_face():
-    """A face hands on what conf/ can name; to those within it would be a way round in a circle."""
+    """A face hands on what conf/ can name and what a class of one's own needs; to those within it would be a circle."""
     for module, path in MODULES.items():
         assert room(module) not in imported(path) or module == room(module), module

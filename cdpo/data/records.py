@@ -23,18 +23,17 @@ class Record(NamedTuple):
 
 
 def read(path: Path) -> Iterator[Record]:
-    """The records of a .jsonl, .json or .parquet file, each also .gz. ConfigError if there is no such file."""
+    """The records of a .jsonl, .json or .parquet file, each also .gz. ConfigError for another type."""
     suffix = Path(path.name.removesuffix(".gz")).suffix
     reader = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}.get(suffix)
     if reader is None:
         raise ConfigError(f"dataset.path={path}: unknown file type; use .jsonl, .json or .parquet, each also .gz")
-    _require_file(path)
     return reader(path)
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """The one object that a .json file (also .gz) holds. ConfigError if there is none, DataError if not JSON."""
-    _require_file(path)
+    require_file(path)
     try:
         with _open(path) as file:
             value = parse(file.read().removeprefix(BOM))
@@ -45,7 +44,8 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _require_file(path: Path) -> None:
+def require_file(path: Path) -> None:
+    """Raise ConfigError if there is none."""
     if not path.is_file():
         raise ConfigError(f"dataset.path={path}: no such file; a relative path starts at the current directory")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,7 @@ from random import Random
 from typing import Any, Literal
 
 from cdpo.data.formats import ADAPTERS, FORMATS, check, detect
-from cdpo.data.records import Record, read
+from cdpo.data.records import Record, read, require_file
 from cdpo.data.rows import BadRow, Data, Dataset, Ledger, Row, refuse_unused, report, require_positive
 from cdpo.errors import ConfigError, DataError
 
@@ -41,7 +41,11 @@ class Source(Dataset):
         if not 0 <= self.eval_size < math.inf or (self.eval_size >= 1 and self.eval_size != int(self.eval_size)):
             raise ConfigError(f"dataset.eval_size={self.eval_size}: choose a share below 1, or a whole number of rows")
 
-    def parts(self) -> Sequence[tuple[str, Iterable[Record]]]:
+    def title(self) -> str:
+        """What messages about all rows call them."""
+        return type(self).__name__
+
+    def parts(self) -> Iterable[tuple[str, Iterable[Record]]]:
         """The training rows, and the held-out ones if they lie apart: a name for messages, and the records.
 
         Raises ConfigError if there are none to be read.
@@ -50,9 +54,10 @@ class Source(Dataset):
 
     def load(self, seed: int) -> Data:
         """Training and held-out rows. Raises DataError that names every row that cannot be used, ConfigError."""
-        ledger, parts = Ledger(), self.parts()
-        train, *held_out = [self._rows(name, records, ledger) for name, records in parts]
-        return self._finish(parts[0][0], train, held_out[0] if held_out else None, ledger, seed)
+        ledger = Ledger()
+        train, *held_out = [self._rows(name, records, ledger) for name, records in self.parts()]
+        assert len(held_out) <= 1, "parts() has training rows, and held-out ones at most"
+        return self._finish(train, held_out[0] if held_out else None, ledger, seed)
 
     def _policy(self, kind: str) -> str:
         return "error" if kind == "file" else str(getattr(self, option(kind)))  # nobody knows what a cut file held
@@ -95,7 +100,8 @@ class Source(Dataset):
         for source, problem in bad[:5]:
             log.warning("%s: dropped: %s", source, problem)
 
-    def _finish(self, name: str, train: list[Row], held_out: list[Row] | None, ledger: Ledger, seed: int) -> Data:
+    def _finish(self, train: list[Row], held_out: list[Row] | None, ledger: Ledger, seed: int) -> Data:
+        name = self.title()
         ledger.check_drops(name, self.max_drop_fraction)
         note(train + (held_out or []), ledger)
         for kind in ("duplicates", "contradictions", "whitespace_only"):
@@ -124,9 +130,20 @@ class Jsonl(Source):
         if self.eval_path is not None:
             refuse_unused(self, ["eval_size"], "with dataset.eval_path, which names the held-out rows")
 
+    def title(self) -> str:
+        return Path(self.path).name
+
     def parts(self) -> list[tuple[str, Iterator[Record]]]:
         """The file, and that of held-out rows. Raises ConfigError if one is missing."""
-        return [(Path(path).name, read(Path(path))) for path in (self.path, self.eval_path) if path is not None]
+        paths = [Path(path) for path in (self.path, self.eval_path) if path is not None]
+        found = [(path.name, self.records(path)) for path in paths]
+        for path in paths:
+            require_file(path)
+        return found
+
+    def records(self, path: Path) -> Iterator[Record]:
+        """What a file holds. Raises ConfigError, at once, for a type of file that is not known."""
+        return read(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +162,9 @@ class Hub(Source):
         super().__post_init__()
         if self.eval_split is not None:
             refuse_unused(self, ["eval_size"], "with dataset.eval_split, which names the held-out rows")
+
+    def title(self) -> str:
+        return self.name
 
     def parts(self) -> list[tuple[str, Iterator[Record]]]:
         """The splits. Rows are named "split:number", from 1; reading raises DataError if the data set cannot be had."""

@@ -1,4 +1,4 @@
-"""Summed log-probabilities of responses. The only module that sees logits; it reduces over tokens only."""
+"""Summed log-probabilities of responses. Logits exist here and in `head` only; sums run over tokens only."""
 
 from __future__ import annotations
 

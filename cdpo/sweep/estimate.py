@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
 from cdpo.config.schema import Config
@@ -16,6 +15,7 @@ from cdpo.config.task import Task
 from cdpo.model.memory import outline, persistent_bytes
 from cdpo.model.pretrained import check_lengths
 from cdpo.sweep.outcome import Outcome, failure
+from cdpo.system.progress import console
 from cdpo.training.checks import checked
 from cdpo.training.directory import RunDirectory
 from cdpo.training.job import quiet_libraries
@@ -108,8 +108,7 @@ def show(rows: Iterable[tuple[Task, Estimate, str]]) -> None:
         table.add_column(name, overflow="fold", justify="left" if name in ("run", "state") else "right")
     for task, found, state in rows:
         table.add_row(task.directory.name, *map(_shown, found), state)
-    console = Console(highlight=False, markup=False)
-    console.print(table, width=console.width if console.is_terminal else 200, soft_wrap=not console.is_terminal)
+    console().print(table)
 
 
 def _shown(value: float | None) -> str:

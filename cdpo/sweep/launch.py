@@ -58,9 +58,8 @@ def _estimated(tasks: Iterable[Task | Outcome], how: Launcher) -> int:
 def _checked(tasks: Iterable[Task | Outcome], how: Launcher) -> list[Task | Outcome]:
     """Every run once; an outcome where it is refused."""
     found: dict[Path, Task | Outcome] = {}
-    for task in tasks:
-        directory = (task.task if isinstance(task, Outcome) else task).directory
-        found.setdefault(directory, task if isinstance(task, Outcome) else _refused(task, how) or task)
+    for one in tasks:
+        found.setdefault(one.directory, one if isinstance(one, Outcome) else _refused(one, how) or one)
     return list(found.values())
 
 
@@ -79,7 +78,7 @@ def _carried_out(tasks: list[Task | Outcome], how: Launcher) -> list[Outcome]:
     todo = [task for task in found if isinstance(task, Task)]
     for task in todo:
         write_task(task)
-    known = {outcome.task.directory: outcome for outcome in how.carry_out(todo, len(tasks))}
+    known = {outcome.directory: outcome for outcome in how.carry_out(todo, len(tasks))}
     outcomes = [known.get(one.directory) if isinstance(one, Task) else one for one in found]
     return [outcome for outcome in outcomes if outcome]
 

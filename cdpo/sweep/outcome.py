@@ -26,6 +26,11 @@ class Outcome(NamedTuple):
     ending: str  # "done", or why not
     exit_code: int
 
+    @property
+    def directory(self) -> Path:
+        """Of the run."""
+        return self.task.directory
+
 
 def done(task: Task) -> Outcome:
     """The outcome of a run that went through."""
@@ -33,10 +38,7 @@ def done(task: Task) -> Outcome:
 
 
 def failure(task: Task, error: Exception) -> Outcome:
-    """The outcome of a run that raised; removes its directory if nothing was begun in it, logs what is not our error.
-
-    Not the exception itself: its traceback would keep the model in memory through the rest of a sweep.
-    """
+    """The outcome of a run that raised; removes its directory if nothing was begun in it, logs what is no CdpoError."""
     if not RunDirectory(task.directory).remove_if_bare() and not isinstance(error, CdpoError):
         log.error("%s", "".join(traceback.format_exception(error)))
     return Outcome(task, f"{type(error).__name__}: {error}", getattr(error, "exit_code", 1))
@@ -81,10 +83,10 @@ def end(outcomes: Sequence[Outcome]) -> int:
 
     Returns 0 if all are done, 75 if it was asked to stop, else 1.
     """
-    table = {outcome.task.directory.name: outcome.ending[:100] for outcome in outcomes}
+    table = {outcome.directory.name: outcome.ending[:100] for outcome in outcomes}
     summary_table(table, title=f"{len(outcomes)} runs, {sum(not outcome.exit_code for outcome in outcomes)} done")
-    for folder in dict.fromkeys(outcome.task.directory.parent for outcome in outcomes):
-        record(folder / "sweep.json", [outcome for outcome in outcomes if outcome.task.directory.parent == folder])
+    for folder in dict.fromkeys(outcome.directory.parent for outcome in outcomes):
+        record(folder / "sweep.json", [outcome for outcome in outcomes if outcome.directory.parent == folder])
         report(folder)
     failures = {outcome.exit_code for outcome in outcomes if outcome.exit_code}
     return PREEMPTED if failures == {PREEMPTED} else int(bool(failures))

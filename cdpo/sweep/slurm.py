@@ -61,13 +61,13 @@ class Slurm:
         if not tasks:
             return []
         sweep = tasks[0].directory.parent
-        known = _known_jobs({task.directory.parent for task in tasks})
+        known = known_jobs({task.directory.parent for task in tasks})
         there = queue.queued([known[task.directory]["job_id"] for task in tasks if task.directory in known])
         new = [task for task in tasks if known.get(task.directory, {}).get("job_id") not in there]
 
         def keep(sent: list[dict[str, str]]) -> None:
             known.update({task.directory: {**job, "command": task.command} for task, job in zip(new, sent)})
-            _keep_jobs(known)
+            keep_jobs(known)
 
         options = {"job_name": f"cdpo-{sweep.name}"} | self.sbatch
         submit([SlurmJob(str(file_of(task)), self.max_requeues) for task in new], sweep / ".submitit", options, keep)
@@ -96,13 +96,14 @@ class Slurm:
             return before
 
 
-def _known_jobs(sweeps: Iterable[Path]) -> dict[Path, dict[str, str]]:
+def known_jobs(sweeps: Iterable[Path]) -> dict[Path, dict[str, str]]:
     """The jobs that were submitted, by the directories of their runs; each sweep has them in its jobs.json."""
     files = [file for sweep in sweeps if (file := sweep / "jobs.json").is_file()]
     return {file.parent / name: job for file in files for name, job in read_json(file).items()}
 
 
-def _keep_jobs(known: dict[Path, dict[str, str]]) -> None:
+def keep_jobs(known: dict[Path, dict[str, str]]) -> None:
+    """Write them into the jobs.json of each sweep."""
     for sweep in {path.parent for path in known}:
         write_json(sweep / "jobs.json", {path.name: job for path, job in known.items() if path.parent == sweep})
 

@@ -12,7 +12,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
 from cdpo.config.task import ENDING, JOBS, tasks_in
@@ -21,6 +20,7 @@ from cdpo.report.runs import find
 from cdpo.sweep.queue import Queued, accounted, queued
 from cdpo.system.files import json_object
 from cdpo.system.locks import alive
+from cdpo.system.progress import console
 from cdpo.training.directory import DONE, RunDirectory
 
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
@@ -69,8 +69,8 @@ def rows(folder: Path) -> list[Row]:
 
 def show(found: list[Row], finished: bool = False) -> None:
     """Print how many runs are in which state, and the table of those that are not `finished`, or of all."""
-    console = Console(highlight=False, markup=False)
-    console.print(", ".join(f"{count} {state}" for state, count in Counter(row.state for row in found).items()))
+    out = console()
+    out.print(", ".join(f"{count} {state}" for state, count in Counter(row.state for row in found).items()))
     table = Table()
     for name in Row._fields:
         table.add_column(name, overflow="fold")
@@ -78,7 +78,7 @@ def show(found: list[Row], finished: bool = False) -> None:
         if finished or row.state not in DONE:
             table.add_row(*row)
     if table.row_count:
-        console.print(table)
+        out.print(table)
 
 
 def _row(name: str, path: Path, job: dict[str, Any], queue: dict[str, Queued], accounts: dict[str, str]) -> Row:

@@ -93,10 +93,15 @@ def summary_table(rows: Mapping[str, Any], title: str = "") -> None:
     table.add_column(justify="right", overflow="fold")
     for name, value in rows.items():
         table.add_row(str(name), shown_number(value))
-    console = Console(file=sys.stdout, highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 10_000  # nothing is folded: a path in a file or a pipe stays one word
-    console.print(table)
+    console().print(table)
+
+
+def console() -> Console:
+    """Of stdout. In a file or a pipe it folds nothing, so that a path stays one word."""
+    plain = Console(file=sys.stdout, highlight=False, markup=False)
+    if not plain.is_terminal:
+        plain.width = 10_000
+    return plain
 
 
 def shown_number(value: Any) -> str:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, open_dict, read_write
 
 if TYPE_CHECKING:
     from cdpo.config.task import Task
-    from cdpo.sweep.launch import Launcher as How
+    from cdpo.sweep import launch as sweeps
     from cdpo.sweep.outcome import Outcome
 
 
@@ -58,7 +58,7 @@ class Processes(Launcher):
             except Exception as error:
                 return failure(task, error)
 
-    def how(self) -> How:
+    def how(self) -> sweeps.Launcher:
         """How runs are carried out."""
         raise NotImplementedError
 
@@ -66,19 +66,19 @@ class Processes(Launcher):
 class Local(Processes):
     """The runs on this machine, one process each."""
 
-    def how(self) -> How:
-        from cdpo.sweep.local import Local as Here
+    def how(self) -> sweeps.Launcher:
+        from cdpo.sweep import local
 
-        return Here(**self.options)
+        return local.Local(**self.options)
 
 
 class Slurm(Processes):
     """A SLURM job per run."""
 
-    def how(self) -> How:
-        from cdpo.sweep.slurm import Slurm as There
+    def how(self) -> sweeps.Launcher:
+        from cdpo.sweep import slurm
 
-        return There(**self.options)
+        return slurm.Slurm(**self.options)
 
 
 @contextmanager

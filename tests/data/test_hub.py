@@ -102,6 +102,12 @@ def test_bad_hub_rows_are_dropped_by_the_presets_and_counted(preset):
     assert len(data.train) + len(data.held_out) == 19
 
 
+def test_what_is_said_of_all_splits_names_the_data_set(preset, caplog):
+    preset("hh", *CASES["hh"][:2])  # the same row in both
+    (line,) = [record.message for record in caplog.records if "duplicates" in record.message]
+    assert "hub: 1 duplicates: test:1 and train:1" in line
+
+
 def test_hh_reads_the_subset_that_data_dir_names(tmp_path, monkeypatch):
     """The hub keeps HH-RLHF as gzipped JSON lines, a folder for each subset."""
     import gzip

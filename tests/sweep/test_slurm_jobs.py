@@ -11,6 +11,6 @@ def test_jobs_are_kept_in_the_sweep_of_their_run(tmp_path):
     known = {tmp_path / "a" / "one": {"job_id": "1"}, tmp_path / "b" / "one": {"job_id": "2"}}
     for sweep in ("a", "b"):
         (tmp_path / sweep).mkdir()
-    slurm._keep_jobs(known)
+    slurm.keep_jobs(known)
     assert json.loads((tmp_path / "b" / "jobs.json").read_text()) == {"one": {"job_id": "2"}}
-    assert slurm._known_jobs([tmp_path / "a", tmp_path / "b", tmp_path / "c"]) == known
+    assert slurm.known_jobs([tmp_path / "a", tmp_path / "b", tmp_path / "c"]) == known
