@@ -136,3 +136,31 @@ class LBFGS(OptimizerConfig):
         options = {name: getattr(self, name) for name in ("max_iter", "history_size")}
         tolerances = {name: getattr(self, name) for name in ("tolerance_grad", "tolerance_change")}
         return torch.optim.LBFGS(parameters, self.learning_rate, **options, **tolerances, line_search_fn="strong_wolfe")
+
+
+@dataclass(frozen=True)
+class Exact:
+    """No steps at all: one search for the optimum (`cdpo.exact`), which takes the place of the run's only step."""
+
+    learning_rate: None = None  # there is none; models bring one along
+    starts: int = 32
+    steps: int = 600  # of each start, at most
+    tolerance: float = 1e-8  # of the gradient, as a share of its norm at the reference
+    epsilon: float = 0.01  # share of the objective's fall within which solutions count as equally good
+
+    full_batch: ClassVar[bool] = True
+    states: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        if self.learning_rate is not None:
+            raise ValueError(f"learning_rate={self.learning_rate} is not used: a search has none; set it to null")
+        for name, least in (("starts", 1), ("steps", 1), ("tolerance", 0), ("epsilon", 0)):
+            _check(name, getattr(self, name), least)
+
+    def learning_rate_at(self, step: int, steps: int) -> float:
+        """None is used."""
+        return 0.0
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        """Never stepped; it only has a state that can be saved."""
+        return torch.optim.SGD(parameters, lr=0.0)

@@ -112,6 +112,8 @@ def _show(summary: dict[str, Any], folder: Path) -> None:
     rows = {key: summary[key] for key in common if key in summary}  # a study has metrics only
     rows |= summary["metrics"] if "step" not in summary else {}
     rows |= {name: value for name in SHOWN if (value := summary["metrics"].get(name, math.nan)) == value}
+    if found := summary.get("certificate"):
+        rows["certificate"] = f"{found['status'].replace('_', ' ')}: {found['says']}"
     reports = summary.get("constraint", {}).items()
     rows |= {f"constraint/{name}/{key}": value for name, report in reports for key, value in report.items()}
     summary_table(rows | {"directory": str(folder)}, title=folder.name)

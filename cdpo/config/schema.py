@@ -11,10 +11,11 @@ from cdpo.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MICRO_BATCH = 4096  # tokens: its matrix products are large enough, and more would only take memory
-COUNTS = (  # keys of the trainer that are whole numbers, from 1 on; samples may be 0
+COUNTS = (  # keys of the trainer that are whole numbers, from 1 on; those of MAY_BE_0 from 0 on
     "batch_size", "tokens_per_micro_batch", "epochs", "max_steps", "eval_every", "log_every", "checkpoint_every",
-    "keep_checkpoints", "samples", "sample_tokens", "threads",
+    "keep_checkpoints", "samples", "sample_tokens", "certificate_items", "threads",
 )  # fmt: skip
+MAY_BE_0 = ("samples", "certificate_items")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Trainer:
     keep_checkpoints: int = 2
     samples: int = 0  # generations per evaluation, written to samples.jsonl
     sample_tokens: int = 64
+    certificate_items: int = 256  # Items whose gradient at the end says how near the optimum is; 0: no certificate
     device: Literal["auto", "cpu", "cuda"] = "auto"
     distributed: Literal["none", "ddp", "fsdp"] = "none"  # one process; or several, which hold all weights, or shards
     threads: int | None = None  # of torch on the CPU; null: its default, one per core
@@ -41,7 +43,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         for key in COUNTS:
-            value, least = getattr(self, key), 0 if key == "samples" else 1
+            value, least = getattr(self, key), 0 if key in MAY_BE_0 else 1
             if value is not None and value < least:
                 raise ValueError(f"{key}={value} must be at least {least}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:

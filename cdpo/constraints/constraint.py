@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from cdpo.batch import Logps
     from cdpo.model.change import Change
+    from cdpo.model.gradient import Gradient
 
 
 class Constraint:
@@ -28,6 +29,10 @@ class Constraint:
     not_with_lbfgs: str = ""
     #: why this constraint cannot be used with trainer.distributed=fsdp ("" if it can): the weights are DTensors there
     not_with_fsdp: str = ""
+    #: why this constraint describes no set of policies, in which there could be an optimum ("" if it does)
+    no_optimum: str = ""
+    #: whether it restricts the weights themselves to a convex set, or adds a convex penalty of theirs
+    convex: bool = False
 
     def conflict(self, other: Constraint) -> str:
         """Why this constraint cannot be combined with `other`, or "" if it can. Asked in both directions."""
@@ -67,6 +72,24 @@ class Constraint:
     def report(self) -> dict[str, float]:
         """What the constraint did, logged as constraint/<name>/<key>: binds (0 or 1), distance to its boundary, ..."""
         return {}
+
+    def parameter_penalty(self) -> Tensor | None:
+        """What `before_step` or `after_step` shrink weights for, as a term of the objective, differentiable. []
+
+        For certificates only: in the training step, inside autograd, it would be wrong where ranks share a step.
+        """
+        return None
+
+    def excess(self, logps: Logps) -> Tensor | None:
+        """A quantity per Item whose mean has to be at most 0, differentiable, for certificates. [I]"""
+        return None
+
+    def hold(self, gradient: Gradient) -> None:
+        """Take from the gradient what this constraint holds back; nothing is left where the policy is stationary."""
+
+    def bound(self, gradient: Gradient) -> float | None:
+        """The Frank-Wolfe gap: a convex objective is at most so far above its least value on this set; else None."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """What `begin` cannot recompute: the dataclass fields with init=False. Plain numbers, equal on every rank."""

@@ -23,6 +23,7 @@ class Dropout(Constraint):
 
     p: float
 
+    no_optimum = "dropout is noise in training, not a set of policies"
     not_with_lbfgs = "it makes the objective random, and L-BFGS's line search needs a fixed one; use sgd or adamw"
 
     def __post_init__(self) -> None:

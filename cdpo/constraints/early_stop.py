@@ -32,6 +32,8 @@ class EarlyStop(Constraint):
     last_kl: float = field(init=False, default=0.0)
     stopped: bool = field(init=False, default=False)
 
+    no_optimum = "early stopping is a point on the path of an optimizer, not a set of policies"
+
     def __post_init__(self) -> None:
         if self.step is None and self.metric is None and self.kl is None:
             raise ValueError("early_stop needs step, metric or kl")

@@ -38,6 +38,9 @@ class KLBudget(Constraint):
     def penalty(self, logps: Logps) -> Tensor:
         return self.multiplier * logps.candidate_kl()
 
+    def excess(self, logps: Logps) -> Tensor:
+        return logps.candidate_kl() - self.budget
+
     def measure(self, logps: Logps) -> dict[str, Tensor]:
         return {"kl_budget/kl": logps.candidate_kl().detach()}
 

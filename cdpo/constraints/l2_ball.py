@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from cdpo.constraints.constraint import Constraint
 from cdpo.constraints.lora import LoRA
 from cdpo.constraints.projection import Projection
+
+if TYPE_CHECKING:
+    from cdpo.model.gradient import Gradient
 
 
 @dataclass
@@ -23,6 +27,8 @@ class L2Ball(Projection):
     radius: float
     per_tensor: bool = False  # every weight tensor has a ball of its own, instead of one ball for all
 
+    convex = True
+
     def __post_init__(self) -> None:
         if not 0 < self.radius < math.inf:
             raise ValueError(f"radius={self.radius}; choose a positive radius")
@@ -31,6 +37,21 @@ class L2Ball(Projection):
         if isinstance(other, LoRA) and other.dora:
             return "a DoRA change is not linear in its factors, so it cannot be scaled back; set dora=false"
         return ""
+
+    def hold(self, gradient: Gradient) -> None:
+        """A pull along the change, away from the start, is held back by so much of it as stands at the boundary."""
+        inner, norms = gradient.inner(), self.change.norms()
+        groups = [[name] for name in norms] if self.per_tensor else [list(norms)]
+        for group in groups:
+            size = math.hypot(*(norms[name] for name in group))
+            outward = max(0.0, -sum(inner[name] for name in group if name in inner))
+            if size:
+                gradient.add_change(dict.fromkeys(group, outward / size**2 * min(1.0, size / self.radius)))
+
+    def bound(self, gradient: Gradient) -> float:
+        norms = gradient.norms()
+        reach = sum(norms.values()) if self.per_tensor else math.hypot(*norms.values())
+        return sum(gradient.inner().values()) + self.radius * reach
 
     def after_step(self, model: nn.Module, metrics: Mapping[str, float]) -> None:
         norms = self.change.norms()

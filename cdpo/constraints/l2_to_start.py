@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from cdpo.constraints.constraint import Constraint
 from cdpo.constraints.lora import LoRA
@@ -27,6 +27,7 @@ class L2ToStart(Constraint):
 
     strength: float
 
+    convex = True
     not_with_lbfgs = "moving the parameters after a step invalidates L-BFGS's curvature; use optimizer=sgd or adamw"
 
     def __post_init__(self) -> None:
@@ -40,6 +41,10 @@ class L2ToStart(Constraint):
 
     def begin(self, model: nn.Module, change: Change) -> None:
         self.change = change
+
+    def parameter_penalty(self) -> Tensor:
+        """strength / 2 * ||theta - theta_0||^2."""
+        return self.strength / 2 * self.change.square_norm()
 
     def after_step(self, model: nn.Module, metrics: Mapping[str, float]) -> None:
         share = 1 / (1 + metrics["learning_rate"] * self.strength)

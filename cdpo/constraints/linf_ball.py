@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from cdpo.constraints.constraint import Constraint
 from cdpo.constraints.lora import LoRA
 from cdpo.constraints.projection import Projection
+
+if TYPE_CHECKING:
+    from cdpo.model.gradient import Gradient
 
 
 @dataclass
@@ -19,12 +23,21 @@ class LinfBall(Projection):
 
     radius: float
 
+    convex = True
+
     def __post_init__(self) -> None:
         if not 0 < self.radius < math.inf:
             raise ValueError(f"radius={self.radius}; choose a positive radius")
 
     def conflict(self, other: Constraint) -> str:
         return "a low-rank change clipped weight by weight is no longer of low rank" if isinstance(other, LoRA) else ""
+
+    def hold(self, gradient: Gradient) -> None:
+        """Of a weight that is pulled outwards so much of the pull is held back as stands at the boundary."""
+        gradient.keep(lambda g, delta: 1 - (g * delta < 0) * (delta.abs() / self.radius).clamp(max=1))
+
+    def bound(self, gradient: Gradient) -> float:
+        return sum(gradient.inner().values()) + self.radius * gradient.absolute()
 
     def after_step(self, model: nn.Module, metrics: Mapping[str, float]) -> None:
         if self.record(self.radius - self.change.max_abs()):

@@ -46,8 +46,16 @@ class LoRA(Constraint):
             raise ValueError("target_modules is empty; name modules, or choose all-linear")
         if self.dora:
             self.not_with_fsdp = "the norms of DoRA need the sharded weights whole; set dora=false"
+            self.no_optimum = "the changes that a DoRA can make have no known tangents; set dora=false"
         if self.dropout:
             self.not_with_lbfgs = "its dropout makes the objective random; set dropout=0"
+            self.no_optimum = "its dropout is noise in training; set dropout=0"
+
+    @property
+    def scaling(self) -> float:
+        """What the product of the factors is multiplied with."""
+        alpha = 2 * self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def conflict(self, other: Constraint) -> str:
         return "two adapters on one model; choose one" if isinstance(other, LoRA) else ""

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from cdpo.model.change import Change
 
 
+ON_BOUNDARY = 1e-9  # in the unit of the set
+
+
 @dataclass
 class Projection(Constraint):
     """Counts the steps that left the set. Subclasses call `record` in `after_step` and project if it says so."""
@@ -36,9 +39,9 @@ class Projection(Constraint):
         return slack < 0
 
     def report(self) -> dict[str, float]:
-        """`binds`: the last step was projected; `boundary_distance`: how far inside the set the parameters are."""
+        """`binds`: the last step ended outside or on the boundary; `boundary_distance`: how far inside it was."""
         return {
-            "binds": float(self.slack < 0),
+            "binds": float(self.slack <= ON_BOUNDARY),
             "boundary_distance": max(self.slack, 0.0),
             "steps_projected": float(self.steps_projected),
         }

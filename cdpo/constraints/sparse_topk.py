@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from cdpo.constraints.constraint import Constraint
 from cdpo.constraints.lora import LoRA
 from cdpo.constraints.projection import Projection
+
+if TYPE_CHECKING:
+    from cdpo.model.gradient import Gradient
 
 
 @dataclass
@@ -42,6 +46,10 @@ class SparseTopK(Projection):
     def allowed(self) -> int:
         """How many weights may differ from their start."""
         return self.k or max(1, int((self.fraction or 1.0) * self.change.trainable()))
+
+    def hold(self, gradient: Gradient) -> None:
+        """What no weight of the support may do; other supports are not looked at."""
+        gradient.keep(lambda _, delta: delta != 0)
 
     def after_step(self, model: nn.Module, metrics: Mapping[str, float]) -> None:
         moved = torch.cat([delta.abs().flatten() for _, delta in self.change.deltas()])

@@ -14,6 +14,8 @@ from cdpo.errors import ConfigError
 from cdpo.system.ranks import full_tensor
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cdpo.model.change import Change
 
 
@@ -28,6 +30,7 @@ class WeightDecay(Constraint):
     strength: float
     matrices_only: bool = True  # biases and norms are not decayed
 
+    convex = True
     not_with_lbfgs = "moving the parameters between steps invalidates L-BFGS's curvature; use optimizer=sgd or adamw"
 
     def __post_init__(self) -> None:
@@ -37,6 +40,10 @@ class WeightDecay(Constraint):
     def begin(self, model: nn.Module, change: Change) -> None:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.decayed = [parameter for parameter in trained if parameter.ndim >= 2 or not self.matrices_only]
+
+    def parameter_penalty(self) -> Tensor:
+        """strength / 2 * ||theta||^2, which gradient descent without momentum minimises so, and AdamW does not."""
+        return sum((self.strength / 2 * p.square().sum() for p in self.decayed), torch.zeros(()))
 
     def before_step(self, model: nn.Module, learning_rate: float) -> None:
         rate = learning_rate * self.strength

@@ -32,7 +32,7 @@ def _original_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
-def _factors(layer: Any) -> tuple[Tensor, Tensor]:
+def factors(layer: Any) -> tuple[Tensor, Tensor]:
     """The factors B [out, r] and A [r, in] of a LoRA layer; scaling * B @ A (or its transpose) is its change."""
     adapter = layer.active_adapters[0]
     if adapter in layer.lora_embedding_A:
@@ -54,7 +54,7 @@ def _core(layer: Any) -> Tensor:
     """A matrix with the singular values of the change: r x r for LoRA, so that no large SVD is ever needed."""
     if layer.lora_magnitude_vector:
         return _delta(layer)
-    tall, wide = map(_wide, _factors(layer))
+    tall, wide = map(_wide, factors(layer))
     scaling = layer.scaling[layer.active_adapters[0]]
     return scaling * torch.linalg.qr(tall).R @ torch.linalg.qr(wide.mT).R.mT
 
@@ -147,6 +147,15 @@ class Change:
         """L2 norm of the whole change, ||theta - theta_0||."""
         return math.hypot(*self.norms().values())
 
+    def square_norm(self) -> Tensor:
+        """||theta - theta_0||^2, differentiable; of adapters by r x r products of their factors. []"""
+        parts = [(parameter - start).square().sum() for _, parameter, start in self.plain()]
+        for layer in self.adapted.values():
+            tall, wide = factors(layer)
+            square = ((tall.mT @ tall) * (wide @ wide.mT)).sum()
+            parts.append(layer.scaling[layer.active_adapters[0]] ** 2 * square)
+        return torch.stack(parts).sum()
+
     def max_abs(self) -> float:
         """Largest absolute change of a single weight."""
         largest = [delta.abs().max().double() for _, delta in self.deltas()]
@@ -194,6 +203,6 @@ class Change:
                 parameter.copy_(torch.lerp(start, parameter, share[name]))
         for name, layer in self.adapted.items():
             if name in share:
-                tall, wide = _factors(layer)
+                tall, wide = factors(layer)
                 started_at_zero = wide if layer.lora_embedding_A else tall  # the other keeps its size, and so its step
                 started_at_zero.mul_(share[name])

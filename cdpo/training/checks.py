@@ -11,7 +11,9 @@ from cdpo.config.build import build
 from cdpo.config.schema import Config
 from cdpo.constraints.constraint import Constraint, check
 from cdpo.errors import ConfigError
+from cdpo.exact.setting import setting_of
 from cdpo.model.tabular import Tabular
+from cdpo.optim import LBFGS, Exact
 
 
 def checked(composed: dict[str, Any]) -> Config:
@@ -19,9 +21,11 @@ def checked(composed: dict[str, Any]) -> Config:
     spec = build(composed)
     _check_kinds(spec)
     _check_drawn(spec)
-    check(spec.constraint, lbfgs=spec.optimizer.full_batch, fsdp=spec.trainer.distributed == "fsdp")
+    check(spec.constraint, lbfgs=isinstance(spec.optimizer, LBFGS), fsdp=spec.trainer.distributed == "fsdp")
     if spec.trainer.distributed == "fsdp":
         _check_fsdp(spec)
+    if isinstance(spec.optimizer, Exact):
+        _check_exact(spec)
     if spec.trainer.compile and isinstance(spec.model, Tabular):
         raise ConfigError("model=tabular has no decoder layers, which trainer.compile needs; set it to false")
     return spec
@@ -37,6 +41,19 @@ def _check_drawn(spec: Config) -> None:
     if sampling == "reference" and not isinstance(spec.model, Tabular):
         where, advice = "from the world's table, not this model", "loss.drawn=uniform dataset.sampling=uniform"
     raise ConfigError(f"loss.drawn={drawn}, but the pairs are drawn {where}: set {advice}")
+
+
+def _check_exact(spec: Config) -> None:
+    """ConfigError for what optimizer=exact cannot solve."""
+    if not isinstance(spec.model, Tabular):
+        raise ConfigError("optimizer=exact solves model=tabular; for other models use optimizer=lbfgs or adamw")
+    if spec.trainer.max_steps != 1 or spec.trainer.distributed != "none":
+        raise ConfigError(
+            "optimizer=exact takes one step, the whole search: leave trainer.max_steps=1, distributed=none"
+        )
+    if getattr(spec.loss, "reads_baseline", False) or getattr(spec.loss, "noise_schedule", None):
+        raise ConfigError("optimizer=exact: this loss changes as training goes on; use optimizer=adamw")
+    setting_of(spec.constraint, size=1)
 
 
 def _check_fsdp(spec: Config) -> None:

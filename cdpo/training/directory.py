@@ -53,6 +53,8 @@ class RunDirectory:
     histograms = _File("histograms.jsonl")
     samples = _File("samples.jsonl")
     objective = _File("objective.csv")
+    searches = _File("searches.csv")  # what every start of optimizer=exact came to
+    starts = _File("starts.safetensors")  # optima of other losses, to begin from too
     nonfinite = _File("nonfinite.json")
     data_report = _File("data_report.json")
     micro_batch = _File("micro_batch.json")  # tokens for which a GPU had room, when the run began

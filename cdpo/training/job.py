@@ -141,6 +141,7 @@ def _summary(run: Run, before: dict[str, Any]) -> dict[str, Any]:
         "change/max_abs": change.max_abs(),
         "change/effective_rank": change.effective_rank(),
         "metrics": state.latest,
+        "certificate": state.certificate,
         "constraint": {name: constraint.report() for name, constraint in run.constraints.items()},
     }
     run.ranks.from_first(lambda: write_json(run.directory.summary, summary))

@@ -18,14 +18,17 @@ from cdpo.data.packing import KEPT
 from cdpo.errors import Preempted
 from cdpo.losses.loss import per_unit, unit_weight
 from cdpo.measure.pairs import add_log_ratio, add_pair_metrics
+from cdpo.model.gradient import Gradient
 from cdpo.model.logps import Statistics
 from cdpo.system import checkpoint
 from cdpo.system.metrics import Means
 from cdpo.system.ranks import full_tensor
+from cdpo.training.certificate import certify, numbers_of
 from cdpo.training.evaluation import evaluate, sample
 from cdpo.training.finite import check_weights, nonfinite_error
 from cdpo.training.journal import Journal
 from cdpo.training.run import Run, State, restore, snapshot
+from cdpo.training.solve import solve
 
 
 def fit(run: Run) -> State:
@@ -48,7 +51,7 @@ def fit(run: Run) -> State:
                 raise Preempted(f"{stop} after step {state.step}; the same command goes on from there", stop)
             if run.ended:
                 return state
-            take_step(run)
+            search_step(run) if run.searches else take_step(run)
             journal.step()
 
 
@@ -79,6 +82,20 @@ def take_step(run: Run) -> None:
     finish_step(run, row, began)
 
 
+def search_step(run: Run) -> None:
+    """The only step of optimizer=exact. Its metrics are the optimum's; the certificate's scale stays the start's."""
+    began = time.perf_counter()
+    gradient(run)
+    scale = run.state.first_gradient
+    solve(run)
+    row = {**gradient(run), "learning_rate": 0.0}  # so nothing shrinks
+    run.state.first_gradient = scale
+    with torch.no_grad():
+        for constraint in run.constraints.values():
+            constraint.after_step(run.policy, row)
+    finish_step(run, row, began)
+
+
 def gradient(run: Run, first: bool = True) -> dict[str, float]:
     """Gradient of the mean over all pairs (or Items) of a step, however it is split. Returns the step's metrics.
 
@@ -93,6 +110,8 @@ def gradient(run: Run, first: bool = True) -> dict[str, float]:
     sums = torch.zeros(2, dtype=torch.float64, device=run.device)  # of the objective; of all log-probs
     ranks.on_all(lambda: accumulate(run, first, means, sums), through_model=True)
     ranks.add_gradients(run.parameters)
+    if run.state.step == 0 and first:
+        run.state.first_gradient = Gradient(run.change).norm()
     norm = full_tensor(get_total_norm([p.grad for p in run.parameters if p.grad is not None]))
     prefetch_next(run)  # while a GPU is still at work: the next line waits for it
     objective, log_probs, grad_norm = torch.cat([ranks.all_sum(sums), norm.double()[None]]).tolist()
@@ -192,6 +211,9 @@ def evaluate_if_due(run: Run, journal: Journal) -> None:
         state.stopped = next((reason for reason in reasons if reason), None)
         if state.stopped and not due:
             found = evaluate(run)
+        if run.ended and found is not None:
+            state.certificate = certify(run)
+            found.metrics.update(numbers_of(state.certificate))
     except Preempted:
         return
     state.evaluated = state.step

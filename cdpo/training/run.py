@@ -17,7 +17,7 @@ from cdpo.errors import ConfigError
 from cdpo.losses.loss import reward_beta
 from cdpo.model.change import Change
 from cdpo.model.logps import Scorer
-from cdpo.optim import OptimizerConfig
+from cdpo.optim import Exact, OptimizerConfig
 from cdpo.system import checkpoint
 from cdpo.system.ranks import sharded_like, whole_tree
 from cdpo.system.rng import rng_state, set_rng_state
@@ -35,6 +35,10 @@ class State:
     tokens: int = 0  # encoded in training so far
     ratio_sum: float = 0.0  # of the mean log-ratio of each step, nats
     stopped: str | None = None  # why training stopped before its last step
+    first_gradient: float = 0.0  # norm of the gradient at the first step, as `cdpo.model.gradient` counts it
+    proof: str = ""  # why what a search found is the optimum, if it is: "convex" or "closed form"
+    search: dict[str, Any] = field(default_factory=dict)  # what it says of that optimum
+    certificate: dict[str, Any] = field(default_factory=dict)  # of the end
     step_metrics: dict[str, float] = field(default_factory=dict)  # metrics of the step just done
     latest: dict[str, float] = field(default_factory=dict)  # newest value of every metric
 
@@ -61,6 +65,7 @@ class Run:
         self.policy: Any = self.scorer.model
         self.loss, self.optimizer_config = spec.loss, spec.optimizer
         self.constraints: dict[str, Constraint] = spec.constraint
+        self.searches = isinstance(self.optimizer_config, Exact)
         self.ranks, self.device, self.directory = self.session.ranks, self.session.device, self.session.directory
         self.autocast = self.session.autocast
         self.reward_beta, self.objective_beta = reward_beta(self.loss, spec.beta), spec.beta

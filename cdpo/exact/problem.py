@@ -1,0 +1,176 @@
+"""A loss on a table of logits as one function of the change, for many starts at once.
+
+Knows the table, the loss and what is added to it; nothing of sets, steps or files. All numbers are float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cdpo.batch import Batch, Logps
+from cdpo.losses.loss import Loss, per_unit, unit_weight
+
+
+@dataclass(frozen=True)
+class Table:
+    """A policy that is a table of C contexts by V symbols, [C, V], at its start, and one batch of all the data.
+
+    S starts at once are S copies of the data, whose Items are numbered on: so a loss needs to know nothing of them.
+    """
+
+    start: Tensor  # [C, V]; logits of the reference
+    batch: Batch
+    copies: dict[int, dict[str, Any]] = field(default_factory=dict, compare=False)  # the constants of S copies
+
+    @property
+    def size(self) -> int:
+        """Numbers in the table."""
+        return self.start.numel()
+
+    def policy(self, change: Tensor) -> Tensor:
+        """log pi(y|x) of all responses, in nats. [S, C * V] -> [S, responses]"""
+        tokens = (self.start + change.view(-1, *self.start.shape)).log_softmax(-1)
+        picked = tokens[:, self.context(), self.batch.target]
+        if self.one_token:
+            return picked
+        owner = torch.repeat_interleave(self.batch.length)
+        return picked.new_zeros(len(picked), len(self.batch.length)).index_add(1, owner, picked)
+
+    @property
+    def one_token(self) -> bool:
+        """Whether every response is one token, so that margins are linear in the table: the normaliser cancels."""
+        return bool((self.batch.length == 1).all())
+
+    def context(self) -> Tensor:
+        """The token that every response token comes after. [N]"""
+        return self.batch.input_ids.flatten()[self.batch.predict_at][self.batch.position]
+
+    def placed(self, values: Tensor) -> Tensor:
+        """A number for every response of one token, put where the table holds its logit; 0 elsewhere. [S] -> [C * V]"""
+        return torch.zeros_like(self.start).index_put((self.context(), self.batch.target), values.double()).flatten()
+
+    def used(self) -> Tensor:
+        """1 for contexts that the data come to, else 0. [C]"""
+        return torch.zeros_like(self.start[:, 0]).index_fill(0, self.context(), 1.0)
+
+    def kl(self, change: Tensor) -> Tensor:
+        """Mean KL to the reference over the Items, each on its candidates, nats. [S, C * V] -> [S]"""
+        return self.logps(change).candidate_kl().view(len(change), -1).mean(1)
+
+    def logps(self, change: Tensor) -> Logps:
+        """What a loss is given of S policies, as S copies of the data; training is over, so progress is 1."""
+        policy = self.policy(change)
+        return Logps(policy.flatten(), **self._constants(len(policy)), progress=1.0, baseline=None)
+
+    def _constants(self, copies: int) -> dict[str, Any]:
+        if copies not in self.copies:
+            known = {one.name: getattr(self.batch, one.name) for one in _shared_fields(self.batch)}
+            repeated = {name: _repeated(value, copies) for name, value in known.items()}
+            items, responses, pairs = len(self.batch.sources), len(self.batch.length), len(self.batch.pairs)
+            number = torch.arange(copies)
+            repeated["item"] = repeated["item"] + items * torch.repeat_interleave(number, responses)
+            repeated["pairs"] = repeated["pairs"] + responses * torch.repeat_interleave(number, pairs)[:, None]
+            self.copies[copies] = repeated
+        return self.copies[copies]
+
+
+def _shared_fields(batch: Batch) -> list[Any]:
+    """The constants of a batch that a loss sees."""
+    names = {one.name for one in fields(Logps)} - {"policy", "progress", "baseline"}
+    return [one for one in fields(batch) if one.name in names]
+
+
+def _repeated(value: Any, times: int) -> Any:
+    if isinstance(value, Tensor):
+        return value.repeat(times, *[1] * (value.ndim - 1))
+    return value * times if isinstance(value, tuple) else value
+
+
+@dataclass(frozen=True)
+class Objective:
+    """f(x) for S points at once: the mean of a loss over the data, with what is added to it, on a table.
+
+    x are the numbers that are trained: the change of the table itself, or the factors of one of rank `rank`.
+    """
+
+    table: Table
+    loss: Loss
+    rank: int | None = None  # of the change; None: the change is free
+    scaling: float = 1.0  # of the product of the factors
+    decay: float = 0.0  # decay / 2 * ||trained numbers||^2: of the table, or of its factors
+    pull: float = 0.0  # pull / 2 * ||change||^2
+
+    def change(self, x: Tensor) -> Tensor:
+        """theta - theta_0. [S, n] -> [S, C * V]"""
+        if self.rank is None:
+            return x
+        wide, tall = self.factors(x)
+        return self.scaling * (tall @ wide).mT.flatten(1)
+
+    def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B of the adapter, as peft has them for an embedding. [S, n] -> [S, r, C], [S, V, r]"""
+        contexts, symbols = self.table.start.shape
+        assert self.rank is not None
+        wide, tall = x.split([self.rank * contexts, symbols * self.rank], dim=1)
+        return wide.view(-1, self.rank, contexts), tall.view(-1, symbols, self.rank)
+
+    def factorised(self, change: Tensor) -> Tensor:
+        """x whose change is the nearest of this rank, factors of equal size. [S, C * V] -> [S, n]"""
+        if self.rank is None:
+            return change
+        u, s, v = torch.linalg.svd(change.view(-1, *self.table.start.shape), full_matrices=False)
+        rank = min(self.rank, s.shape[1])
+        root = (s[:, :rank] / self.scaling).sqrt()
+        wide, tall = root[:, :, None] * u[:, :, :rank].mT, v[:, :rank].mT * root[:, None]
+        extra = self.rank - rank  # a rank beyond the table's own: those factors stay zero
+        wide, tall = (torch.nn.functional.pad(wide, (0, 0, 0, extra)), torch.nn.functional.pad(tall, (0, extra)))
+        return torch.cat([wide.flatten(1), tall.flatten(1)], dim=1)
+
+    @property
+    def size(self) -> int:
+        """Numbers of x."""
+        return self.table.size if self.rank is None else self.rank * sum(self.table.start.shape)
+
+    def values(self, x: Tensor) -> Tensor:
+        """f at every point. [S, n] -> [S]"""
+        change = self.change(x)
+        logps = self.table.logps(change)
+        value, weight = per_unit(self.loss, logps), unit_weight(self.loss, logps)
+        value, weight = (one.view(len(x), -1) for one in (value, weight))
+        total = (value * weight).sum(1) / weight[0].sum()
+        if self.decay:
+            trained = x if self.rank is not None else self.table.start.flatten() + x
+            total = total + self.decay / 2 * trained.square().sum(1)
+        return total + self.pull / 2 * change.square().sum(1) if self.pull else total
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """f and its gradient at every point. [S, n] -> [S], [S, n]"""
+        return value_and_gradient(self.values, x)
+
+    def free(self) -> Objective:
+        """The same without a rank and without what is added to the loss."""
+        return replace(self, rank=None, decay=0.0, pull=0.0)
+
+
+def value_and_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """A function of many points and its gradient at each of them. [S, n] -> [S], [S, n]"""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        value = function(x)
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+    return value.detach(), gradient
+
+
+def norms(x: Tensor) -> Tensor:
+    """[S, n] -> [S]"""
+    return torch.linalg.vector_norm(x, dim=1)
+
+
+def inner(x: Tensor, y: Tensor) -> Tensor:
+    """[S, n], [S, n] -> [S]"""
+    return (x * y).sum(1)

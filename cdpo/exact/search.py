@@ -1,0 +1,197 @@
+"""From many starts to the best optimum that was found, with what all of them found beside it.
+
+Which solver fits is decided here: L-BFGS where the change is free or a product of factors, projected gradients in balls
+and boxes, an augmented Lagrangian for budgets, exchanges of a support for sparse changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from cdpo.exact.closed_form import closed_form
+from cdpo.exact.descent import Descent, Function, Points, lbfgs, projected_gradient
+from cdpo.exact.lagrangian import Budget, within_budgets
+from cdpo.exact.newton import newton
+from cdpo.exact.problem import Objective, Table, norms
+from cdpo.exact.setting import Setting
+from cdpo.exact.sparse import EXCHANGES, largest, thresholded
+from cdpo.losses.loss import Loss
+
+EXPLORED = 80  # steps that every start is given
+FINALISTS, FEW = 12, 4  # starts that go on from there; few where each means many problems
+ROUND = 200  # steps with the same multipliers
+WINNERS, LAST = 3, 60  # finalists that Newton's method brings further, in so many steps
+FREE_STEPS = 300
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard to search: starts, steps of each at most, and the norm of the gradient to reach, over the first one."""
+
+    starts: int
+    steps: int
+    tolerance: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Searches:
+    """What S starts came to. The objective is that of the loss with what the constraints add to it."""
+
+    origins: list[str]  # [S]; where each began
+    x: Tensor  # [S, n]; the trained numbers
+    change: Tensor  # [S, C * V]
+    value: Tensor  # [S]
+    multiplier: Tensor  # [S]; of the KL budget, 0 without one
+    at_start: float  # the objective at the reference
+    proof: str  # why the best is the optimum: "convex", "closed form"; "" where it is the best that was found
+
+
+def search(table: Table, loss: Loss, setting: Setting, effort: Effort, more: Mapping[str, Tensor]) -> Searches:
+    """Minimise `loss` on a table within `setting`, from many starts. `more` are changes [C * V] to begin from too."""
+    solver = Solver(Objective(table, loss, setting.rank, setting.scaling, setting.decay, setting.pull), setting, effort)
+    known = closed_form(table, loss, setting)
+    if known is not None:
+        change, multiplier = known
+        return solver.found(["closed form"], change[None], multiplier[None], "closed form")
+    free = solver.unconstrained()
+    convex = is_convex(table, loss, setting)
+    begun = {"unconstrained optimum": free, **({} if convex else more)}
+    x = solver.objective.factorised(torch.stack(list(begun.values())))
+    drawn = x[:0] if convex else solver.random(free)
+    names = [*begun, *(f"random {i}" for i in range(len(drawn)))]
+    x, multiplier = solver.solved(torch.cat([x, drawn]))
+    return solver.found(names, x, multiplier, "convex" if convex else "")
+
+
+def is_convex(table: Table, loss: Loss, setting: Setting) -> bool:
+    """Whether a stationary point is the optimum: a loss convex in margins, which are linear, on a convex set."""
+    return setting.convex and table.one_token and bool(getattr(loss, "convex", False)) and not moves(loss)
+
+
+def moves(loss: Loss) -> bool:
+    """Whether the loss stops gradients in what the policy moves, so that its value ranks no points."""
+    return bool(getattr(loss, "weights_move", False))
+
+
+@dataclass(frozen=True)
+class Solver:
+    """Brings starts to optima."""
+
+    objective: Objective
+    setting: Setting
+    effort: Effort
+
+    def unconstrained(self) -> Tensor:
+        """The optimum of the loss alone, or how far a few steps come where it lies at infinity. [C * V]"""
+        function = self.objective.free()
+        how = Descent(function, self._small, FREE_STEPS, not moves(self.objective.loss))
+        return lbfgs(how, torch.zeros(1, function.size, dtype=torch.float64)).x[0]
+
+    def random(self, free: Tensor) -> Tensor:
+        """Starts of the size of the unconstrained optimum, without what changes no probability. [starts, n]"""
+        generator = torch.Generator().manual_seed(self.effort.seed)
+        objective, starts = self.objective, self.effort.starts
+        drawn = torch.randn(starts, objective.size, generator=generator, dtype=torch.float64)
+        moved = free[free != 0]
+        size = float(moved.square().mean()) ** 0.5 if len(moved) else 1.0
+        if objective.rank is None:
+            table = drawn.view(starts, *objective.table.start.shape) * objective.table.used()[:, None]
+            return size * (table - table.mean(-1, keepdim=True)).flatten(1)
+        wide, tall = objective.factors(drawn * (size / objective.scaling) ** 0.5 / 2)
+        wide, tall = wide * objective.table.used(), tall - tall.mean(1, keepdim=True)
+        return torch.cat([wide.flatten(1), tall.flatten(1)], dim=1)
+
+    def solved(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """All starts, the more promising ones to the end, and multipliers of the KL. [S, n] -> [S, n], [S]"""
+        none = x.new_zeros(len(x))
+        if self.setting.k is not None:
+            exchanges = 0 if moves(self.objective.loss) else EXCHANGES
+            return thresholded(self.objective, self.minimised, largest(x, self.setting.k), exchanges), none
+        budgets = self.budgets()
+        if len(x) > 1:
+            x = self.minimised(self.objective, x, EXPLORED)
+        if not budgets:
+            best = self.best(x, FINALISTS)
+            x = x.index_copy(0, best, self.minimised(self.objective, x[best]))
+            best = self.best(x, WINNERS)
+            return x.index_copy(0, best, self.finished(self.objective, x[best], LAST)), none
+        best = self.best(x, FEW)
+        kept, multipliers = within_budgets(self.objective, budgets, self.minimised_again, x[best])
+        unfinished = torch.full_like(x, torch.nan)
+        return unfinished.index_copy(0, best, kept), none.index_copy(0, best, multipliers[:, 0])
+
+    def best(self, x: Tensor, most: int) -> Tensor:
+        """The starts with the lowest values, or the first few where values rank nothing. [S, n] -> [most]"""
+        if moves(self.objective.loss):
+            return torch.arange(min(most, FEW, len(x)))
+        return self.objective.values(x).topk(min(most, len(x)), largest=False).indices
+
+    def found(self, names: list[str], x: Tensor, multiplier: Tensor, proof: str) -> Searches:
+        """What the starts came to, without those that were not brought to the end."""
+        ended = ~x.isnan().any(1)
+        x, multiplier = x[ended], multiplier[ended]
+        names = [name for name, one in zip(names, ended.tolist()) if one]
+        at_start = float(self.objective.values(0 * x[:1]))
+        return Searches(names, x, self.objective.change(x), self.objective.values(x), multiplier, at_start, proof)
+
+    def budgets(self) -> list[Budget]:
+        """What is to be at most 0: the KL less its budget; the norm of a product less its radius."""
+        found: list[Budget] = [partial(self._kl_left, min(self.setting.budgets))] if self.setting.budgets else []
+        if self.setting.rank is not None and self.setting.radius is not None:
+            found.append(partial(self._norm_left, self.setting.radius))
+        return found
+
+    def _kl_left(self, limit: float, x: Tensor) -> Tensor:
+        return self.objective.table.kl(self.objective.change(x)) - limit
+
+    def _norm_left(self, radius: float, x: Tensor) -> Tensor:
+        return self.objective.change(x).square().sum(1) / radius**2 - 1
+
+    def minimised(self, function: Function, x: Tensor, steps: int | None = None) -> Tensor:
+        """A function of points that begin with those of the objective. [S, m] -> [S, m]"""
+        how = Descent(function, self._arrived, steps or self.effort.steps, not moves(self.objective.loss))
+        return projected_gradient(how, x, self._project).x if self.projects else lbfgs(how, x).x
+
+    def minimised_again(self, function: Function, x: Tensor) -> Tensor:
+        """The same from near an optimum; where values rank nothing, with Newton's method. [S, m] -> [S, m]"""
+        x = self.minimised(function, x, ROUND)
+        return self.finished(function, x, LAST // 4) if moves(self.objective.loss) else x
+
+    def finished(self, function: Function, x: Tensor, steps: int) -> Tensor:
+        """Newton's method, where nothing is projected. [S, m] -> [S, m]"""
+        if self.projects:
+            return x
+        how = Descent(function, self._arrived, steps, not moves(self.objective.loss))
+        return newton(how, x, torch.arange(x.shape[1]) < self.objective.size)
+
+    @property
+    def projects(self) -> bool:
+        """Whether the change is projected after each step."""
+        return self.setting.rank is None and (self.setting.radius is not None or self.setting.box is not None)
+
+    def _project(self, points: Tensor) -> Tensor:
+        n = self.objective.size
+        return torch.cat([self.setting.project(points[:, :n]), points[:, n:]], dim=1)
+
+    def _small(self, points: Points) -> Tensor:
+        return norms(points.gradient) <= self.effort.tolerance * self.scale
+
+    def _arrived(self, points: Points) -> Tensor:
+        """Whether the gradient is small beside that of the loss at the reference; of factors, beside their size too."""
+        x, gradient = (one[:, : self.objective.size] for one in (points.x, points.gradient))
+        tolerance = self.effort.tolerance * self.scale
+        if self.setting.rank is not None:
+            return norms(gradient) <= tolerance * self.setting.scaling * norms(x) / 2
+        return norms(self.setting.project(x - gradient) - x) <= tolerance
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """The norm of the gradient at the reference, before anything holds the policy back. []"""
+        free = self.objective.free()
+        return norms(free(torch.zeros(1, free.size, dtype=torch.float64))[1]).clamp(min=1e-300)[0]

@@ -1,0 +1,71 @@
+"""At most k numbers of the change differ from zero: supports are guessed, solved on, and improved by exchanges.
+
+Blumensath and Davies 2009 (hard thresholding); exchanges of single numbers, tried many at once, are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from cdpo.exact.descent import Function
+
+Solver = Callable[..., Tensor]  # of a function, points and perhaps `steps`; minimises
+
+OUT, IN = 6, 6  # numbers of the support, and beside it, that exchanges are tried with: all pairs of them
+EXCHANGES = 60  # at most
+SKETCH = 25  # steps that tell which exchange is best
+
+
+def largest(x: Tensor, k: int) -> Tensor:
+    """x with all but its k largest numbers set to zero. [S, n] -> [S, n]"""
+    kept = torch.zeros_like(x).scatter(1, x.abs().topk(k, dim=1).indices, 1.0)
+    return x * kept
+
+
+def thresholded(function: Function, solve: Solver, x: Tensor, most: int) -> Tensor:
+    """Solve on the supports of x; then exchange numbers, at most so often, as long as that lowers the best value.
+
+    [S, n] -> [S, n]
+    """
+    x = polished(function, solve, x)
+    values = function(x)[0]
+    best = int(values.argmin())
+    for _ in range(most):
+        tried = polished(function, partial(solve, steps=SKETCH), exchanges(function, x[best : best + 1]))
+        i = int(function(tried)[0].argmin())
+        better = polished(function, solve, tried[i : i + 1])
+        value = function(better)[0][0]
+        if not value < values[best] - 1e-12 * values[best].abs():
+            break
+        x[best], values[best] = better[0], value
+    return x
+
+
+def polished(function: Function, solve: Solver, x: Tensor) -> Tensor:
+    """The minimum over the numbers of x that are not zero. A mask rides along at the end of x. [S, n] -> [S, n]"""
+    n = x.shape[1]
+
+    def on_support(points: Tensor) -> tuple[Tensor, Tensor]:
+        value, gradient = function(points[:, :n])
+        return value, torch.cat([gradient * points[:, n:], torch.zeros_like(gradient)], dim=1)
+
+    return solve(on_support, torch.cat([x, (x != 0).to(x)], dim=1))[:, :n]
+
+
+def exchanges(function: Function, x: Tensor) -> Tensor:
+    """x with one small number of its support put back, and one promising number moved. [1, n] -> [OUT * IN, n]"""
+    _, gradient = function(x)
+    inside = torch.where(x != 0, x.abs(), torch.inf)
+    outside = torch.where(x == 0, gradient.abs(), 0.0)
+    leave = inside.topk(min(OUT, int((x != 0).sum())), largest=False).indices[0]
+    enter = outside.topk(min(IN, int((x == 0).sum()))).indices[0]
+    pairs = torch.cartesian_prod(leave, enter)
+    tried = x.repeat(len(pairs), 1)
+    rows = torch.arange(len(pairs))
+    tried[rows, pairs[:, 0]] = 0.0
+    tried[rows, pairs[:, 1]] = -1e-3 * gradient[0, pairs[:, 1]].sign()
+    return tried

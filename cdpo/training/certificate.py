@@ -1,0 +1,189 @@
+"""Is the policy at an optimum of its objective under its constraints? One gradient over the data, at the end of a run.
+
+A certificate is a dict: status (certified, searched, not_reached or none), says (a sentence), mend (words for the
+command line), and numbers, which stand in the metrics as certificate/<name>:
+
+residual        norm of the gradient that the constraints do not hold back, over the norm at the first step
+tolerance       what the residual is held against
+bound           objective less its least value on the set, at most (Frank-Wolfe gap), where the problem is convex
+infeasibility   by how much a budget is exceeded, in nats
+norm            of the change
+items           Items that the gradient is a mean over
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cdpo.losses.candidates import RLHF
+from cdpo.losses.loss import per_unit, unit_weight
+from cdpo.model.gradient import Gradient
+from cdpo.model.tabular import Tabular
+from cdpo.training.run import Run
+
+PROVEN, SEARCHED = 1e-5, 1e-3  # of the residual: the error of the objective is of its square; 1e-3 at infinity
+COARSE = 1e-2  # of weights in fewer digits
+FEASIBLE = 1e-6  # nats
+
+
+def certify(run: Run) -> dict[str, Any]:
+    """The certificate of the policy as it is; it costs a gradient over `trainer.certificate_items` Items.
+
+    May be interrupted between batches (Preempted). All ranks compute the same.
+    """
+    reason = uncertified(run)
+    if reason:
+        return {"status": "none", "says": reason, "mend": ""}
+    found, proof = measured(run), proven(run)
+    precise = all(parameter.dtype == torch.float64 for parameter in run.parameters)
+    found["tolerance"] = COARSE if not precise else PROVEN if proof else SEARCHED
+    if proof != "convex":
+        found.pop("bound", None)
+    reached = found["residual"] <= found["tolerance"] and found.get("infeasibility", 0.0) <= FEASIBLE
+    status = "not_reached" if not reached else "certified" if proof else "searched"
+    return {"status": status, "says": sentence(status, proof, found), "mend": "" if reached else mend(run), **found}
+
+
+def numbers_of(certificate: dict[str, Any]) -> dict[str, float]:
+    """What stands in the metrics."""
+    return {f"certificate/{name}": float(value) for name, value in certificate.items() if not isinstance(value, str)}
+
+
+def uncertified(run: Run) -> str:
+    """Why there can be no certificate, or ""."""
+    for name, constraint in run.constraints.items():
+        if constraint.no_optimum:
+            return f"{name}: {constraint.no_optimum}"
+    if run.ranks.sharded:
+        return "weights are sharded, so that no gradient lies in one place"
+    return "" if run.trainer.certificate_items else "trainer.certificate_items=0"
+
+
+def measured(run: Run) -> dict[str, Any]:
+    """The numbers of a certificate."""
+    run.scorer.eval()
+    items = sample(len(run.train.items), run.trainer.certificate_items, run.plan.seed)
+    budgets = differentiated(run, items, excess=True)
+    limits = [parameter.grad for parameter in run.parameters]
+    differentiated(run, items)
+    gradient = Gradient(run.change)
+    bounds = [bound for one in run.constraints.values() if (bound := one.bound(gradient)) is not None]
+    for constraint in run.constraints.values():
+        constraint.hold(gradient)
+    residual = gradient.norm() if budgets is None else held_by_budget(run, gradient, limits, budgets)
+    scale = run.state.first_gradient
+    found = {
+        "residual": residual / scale if scale else math.inf,
+        **({"bound": max(0.0, min(bounds))} if bounds else {}),
+        **({} if budgets is None else {"infeasibility": max(0.0, budgets)}),
+        **{key: value for key, value in run.state.search.items() if key != "origin"},
+        "norm": run.change.norm(),
+        "items": len(items),
+    }
+    for parameter in run.parameters:
+        parameter.grad = None
+    return found
+
+
+def sample(n: int, most: int, seed: int) -> list[int]:
+    """All Items, or so many of them."""
+    return list(range(n)) if n <= most else sorted(Random(f"certificate {seed}").sample(range(n), most))
+
+
+def differentiated(run: Run, items: Sequence[int], excess: bool = False) -> float | None:
+    """Leave the gradient of the objective on the parameters, or that of what has to be at most 0; returns its value.
+
+    None, and no gradient, where nothing has a budget.
+    """
+    for parameter in run.parameters:
+        parameter.grad = None
+    total, weights = 0.0, sum(run.item_weights[i] for i in items)
+    for portion in portions(run, items):
+        run.session.pause()
+        batch = run.train.batch(tuple(portion))
+        with run.autocast():
+            policy, _ = run.scorer(batch)
+        logps = batch.logps(policy, **run.context())
+        if excess:
+            terms = [one for c in run.constraints.values() if (one := c.excess(logps)) is not None]
+            if not terms:
+                return None
+            value = torch.stack([term.sum() for term in terms]).sum() / len(items)
+        else:
+            value = (per_unit(run.loss, logps) * unit_weight(run.loss, logps)).sum() / weights
+        value.backward()
+        total += float(value.detach())
+    penalties = [] if excess else [one for c in run.constraints.values() if (one := c.parameter_penalty()) is not None]
+    for penalty in penalties:
+        penalty.backward()
+        total += float(penalty.detach())
+    return total
+
+
+def portions(run: Run, items: Sequence[int]) -> list[list[int]]:
+    """Micro-batches of these Items."""
+    from cdpo.data.packing import by_tokens
+
+    return by_tokens(run.plan.sizes, items, run.trainer.micro_batch)
+
+
+def held_by_budget(run: Run, gradient: Gradient, limits: Sequence[Tensor | None], excess: float) -> float:
+    """The least norm of gradient + multiplier * gradient of the budget, multiplier >= 0, where the budget is used up.
+
+    The square of the norm is a parabola in the multiplier: three of its values tell the best one.
+    """
+
+    def with_multiplier(step: float) -> float:
+        with torch.no_grad():
+            for parameter, limit in zip(run.parameters, limits):
+                if limit is not None and parameter.grad is not None:
+                    parameter.grad += step * limit
+        return gradient.norm()
+
+    at = [with_multiplier(0.0), with_multiplier(1.0), with_multiplier(1.0)]  # at 0, 1 and 2
+    curvature = at[2] ** 2 - 2 * at[1] ** 2 + at[0] ** 2
+    slope = at[1] ** 2 - at[0] ** 2 - curvature / 2
+    best = max(0.0, -slope / curvature) if curvature > 0 else 0.0
+    multiplier = best if excess > -FEASIBLE else 0.0
+    return with_multiplier(multiplier - 2)
+
+
+def proven(run: Run) -> str:
+    """Why a stationary policy is the optimum: "convex", "closed form"; "" where nothing says so."""
+    known = run.state.proof
+    table = isinstance(run.session.spec.model, Tabular)
+    one_token = all(len(response) == 1 for item in run.train.items for response in item.responses)
+    if known or not (table and one_token):
+        return known
+    if isinstance(run.loss, RLHF) and not run.constraints:
+        error = 1 - run.state.latest.get("objective/attained", math.nan)
+        return "closed form" if error <= FEASIBLE else ""
+    fixed = not getattr(run.loss, "weights_move", False)
+    convex = fixed and getattr(run.loss, "convex", False) and all(one.convex for one in run.constraints.values())
+    return "convex" if convex else ""
+
+
+def mend(run: Run) -> str:
+    """What to add to the command, so that an optimum is found."""
+    if isinstance(run.session.spec.model, Tabular):
+        how: Any = run.optimizer_config
+        return f"optimizer.steps={4 * how.steps}" if run.searches else "optimizer=exact"
+    return f"trainer.batch_size=null optimizer.schedule=cosine trainer.max_steps={4 * run.plan.steps}"
+
+
+def sentence(status: str, proof: str, found: dict[str, Any]) -> str:
+    """The certificate in words."""
+    residual = f"residual {found['residual']:.1e}"
+    if status == "certified":
+        return f"optimal ({proof}; {residual})"
+    if status == "searched":
+        return f"stationary ({residual}); other optima are not excluded"
+    excess = found.get("infeasibility", 0.0)
+    over = f", {excess:.1e} nats over its budget" if excess > FEASIBLE else ""
+    return f"not stationary ({residual}, tolerance {found['tolerance']:.0e}{over})"
