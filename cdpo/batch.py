@@ -114,7 +114,7 @@ class Logps:
     weight: Tensor  # [P]
     rewards: Tensor | None = None  # [S]; true rewards, where known
     fitted_rewards: Tensor | None = None  # [S]; rewards fitted to the pairs
-    progress: float = 0.0  # share of the training steps done, in [0, 1)
+    progress: float = 0.0  # through training: 0 in the first step, 1 in the last one and after it
     baseline: float | None = 0.0  # mean log-ratio of all pairs of earlier steps, nats; None if no loss `reads_baseline`
     soft: bool = True  # False only if every preference is known to be 1
     sources: tuple[str, ...] = field(default=())  # [I]; names of the Items, for messages

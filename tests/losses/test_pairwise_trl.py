@@ -8,28 +8,29 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from pair_losses import gradient, random_logps
+from pair_losses import gradient, preset, random_logps
 
 from cdpo.batch import Logps
-from cdpo.losses.combined import WPO
-from cdpo.losses.divergence import FDPO
-from cdpo.losses.loss import per_unit
-from cdpo.losses.pairwise import (
+from cdpo.losses import (
     BCO,
     DPO,
     EXO,
+    FDPO,
     IPO,
+    KTO,
     NCA,
     ORPO,
     SFT,
     SPPO,
+    WPO,
     APODown,
     APOZero,
     DiscoPOP,
     Hinge,
     Robust,
     SimPO,
-)
+)  # fmt: skip
+from cdpo.losses.loss import per_unit
 
 
 def trl_dpo(logps: Logps, pair: int, loss_type: str, **settings) -> torch.Tensor:
@@ -77,6 +78,7 @@ def trl_dpo(logps: Logps, pair: int, loss_type: str, **settings) -> torch.Tensor
 #   wpo: TRL aligns the weight with every token's sum of squared probabilities, which is set to 1 here
 SAME_AS_TRL = {
     "dpo": (DPO(beta=0.3), "sigmoid", {"beta": 0.3}),
+    "dpo per token": (DPO(beta=0.3, length_normalized=True), "sigmoid_norm", {"beta": 0.3}),
     "ipo": (IPO(tau=0.2, length_normalized=True), "ipo", {"beta": 0.2}),
     "hinge": (Hinge(beta=0.3), "hinge", {"beta": 0.3}),
     "robust": (Robust(beta=0.3, label_smoothing=0.2), "robust", {"beta": 0.3, "label_smoothing": 0.2}),
@@ -110,14 +112,61 @@ def test_equals_trl_in_value_and_gradient(loss, loss_type, settings):
     torch.testing.assert_close(gradient(loss, logps), their_gradient, rtol=1e-6, atol=1e-6)
 
 
-def test_simpo_equals_trl():
+def trl_cpo(chosen, rejected, loss_type: str, **settings) -> torch.Tensor:
+    """What CPOTrainer computes from the policy's log-probs, before its NLL."""
     from trl.experimental.cpo import CPOTrainer
 
+    trainer = {"alpha": 0.0, "simpo_gamma": 0.4, "label_smoothing": 0.0, "accelerator": SimpleNamespace(device="cpu")}
+    trainer |= {"loss_type": loss_type} | settings
+    return CPOTrainer.cpo_loss(SimpleNamespace(**trainer), chosen, rejected)[0]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, -0.5])
+def test_simpo_and_alphapo_equal_trl(alpha):
     logps = random_logps()
-    trainer = {"alpha": 0.0, "loss_type": "simpo", "beta": 1.5, "simpo_gamma": 0.4, "label_smoothing": 0.0}
-    trainer["accelerator"] = SimpleNamespace(device="cpu")
-    theirs = CPOTrainer.cpo_loss(SimpleNamespace(**trainer), *logps.of_pairs(logps.policy / logps.length))[0]
-    torch.testing.assert_close(SimPO(beta=1.5, gamma=0.4)(logps), theirs, rtol=1e-6, atol=1e-6)
+    theirs = trl_cpo(*logps.of_pairs(logps.policy / logps.length), "simpo", beta=1.5, alpha=alpha)
+    torch.testing.assert_close(SimPO(beta=1.5, gamma=0.4, alpha=alpha)(logps), theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_cpo_equals_trl_in_the_preference():
+    """The NLL differs on purpose: TRL's is a mean over all tokens of the batch."""
+    logps = random_logps()
+    theirs = trl_cpo(*logps.of_pairs(logps.policy), "sigmoid", beta=0.1)
+    torch.testing.assert_close(preset("cpo")(logps) - SFT()(logps), theirs, rtol=1e-6, atol=1e-6)
+
+
+def trl_kto(logps: Logps, kl: float, **settings) -> torch.Tensor:
+    """What KTOTrainer computes for the responses of all pairs, whose KL it is told: a mean over responses."""
+    from trl import KTOTrainer
+
+    rows = logps.pairs.flatten()
+    trainer = {
+        "model": SimpleNamespace(training=False),
+        "accelerator": SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x, gather=lambda x: x),
+        "aux_loss_enabled": False, "precompute_ref_logps": True, "calculate_KL": True, "loss_type": "kto",
+        "_metrics": {"eval": defaultdict(list)}, "_total_train_tokens": 0,
+        "_compute_kl_logps": lambda *_: torch.tensor([kl, kl]),
+    }  # fmt: skip
+    inputs = {
+        "input_ids": torch.ones(len(rows), 2, dtype=torch.long),
+        "completion_mask": torch.ones(len(rows), 2, dtype=torch.long),
+        "label": torch.tensor([True, False]).repeat(len(logps.pairs)),
+        "ref_logps": logps.reference[rows],
+        "ref_KL_logps": torch.zeros(2),
+    }
+    log_probs = logps.policy[rows][:, None]
+    outputs = dict.fromkeys(("entropy", "mean_logits", "is_top1"), torch.zeros_like(log_probs))
+    model = lambda **_: SimpleNamespace(log_probs=log_probs, **outputs)  # noqa: E731
+    return KTOTrainer._compute_loss(SimpleNamespace(**(trainer | settings)), model, inputs, return_outputs=False)
+
+
+@pytest.mark.parametrize("kl", [0.7, -0.7])
+def test_kto_equals_trl(kl):
+    """Of a pair we take the sum of both responses, TRL the mean."""
+    logps = replace(random_logps(), baseline=kl)
+    theirs = trl_kto(logps, kl, beta=0.3, desirable_weight=1.3, undesirable_weight=0.8)
+    ours = KTO(beta=0.3, desirable=1.3, undesirable=0.8)(logps).mean() / 2
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
 def test_orpo_equals_trl_in_the_odds_ratio():
