@@ -12,6 +12,7 @@ from cdpo.config.schema import Config
 from cdpo.constraints.constraint import Constraint, check
 from cdpo.errors import ConfigError
 from cdpo.model.tabular import Tabular
+from cdpo.optim import LBFGS
 
 
 def checked(composed: dict[str, Any]) -> Config:
@@ -19,6 +20,7 @@ def checked(composed: dict[str, Any]) -> Config:
     spec = build(composed)
     _check_kinds(spec)
     _check_drawn(spec)
+    _check_lbfgs(spec)
     check(spec.constraint, lbfgs=spec.optimizer.full_batch, fsdp=spec.trainer.distributed == "fsdp")
     if spec.trainer.distributed == "fsdp":
         _check_fsdp(spec)
@@ -37,6 +39,18 @@ def _check_drawn(spec: Config) -> None:
     if sampling == "reference" and not isinstance(spec.model, Tabular):
         where, advice = "from the world's table, not this model", "loss.drawn=uniform dataset.sampling=uniform"
     raise ConfigError(f"loss.drawn={drawn}, but the pairs are drawn {where}: set {advice}")
+
+
+def _check_lbfgs(spec: Config) -> None:
+    """ConfigError where a line search would descend what is no objective, or not the same one in every step."""
+    reasons = {
+        "weights_move": "a part of it moves with the policy without a gradient, so its value is no objective to search",
+        "reads_progress": "it changes from step to step, so curvature of earlier steps is that of another objective",
+    }
+    for name, reason in reasons.items():
+        if isinstance(spec.optimizer, LBFGS) and getattr(spec.loss, name, False):
+            loss = type(spec.loss).__name__
+            raise ConfigError(f"loss {loss} with optimizer=lbfgs: {reason}; set optimizer=adamw or optimizer=sgd")
 
 
 def _check_fsdp(spec: Config) -> None:

@@ -90,8 +90,9 @@ class Run:
 
     def context(self) -> dict[str, Any]:
         """The training state that a loss may read."""
+        step, last = self.state.step, self.plan.steps - 1
         baseline = self.state.baseline if self.reads_baseline else None
-        return {"progress": self.state.step / self.plan.steps, "baseline": baseline}
+        return {"progress": step / last if step < last else 1.0, "baseline": baseline}
 
 
 def trained_parameters(policy: Any) -> list[torch.nn.Parameter]:
