@@ -8,7 +8,9 @@ responses, predicted at M positions; P pairs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -168,6 +170,18 @@ class Logps:
         """
         on_item = self.renormalised()
         return self.sum_by_item(on_item.policy.exp() * on_item.log_ratio())
+
+    @staticmethod
+    def joined(parts: Sequence[Logps]) -> Logps:
+        """One of many, response after response; what is no tensor is that of the first."""
+        names = [name for name, value in vars(parts[0]).items() if isinstance(value, Tensor)]
+        columns: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        before = [0, *accumulate(len(part.policy) for part in parts)]
+        items = [0, *accumulate(part.items for part in parts)]
+        columns["pairs"] = torch.cat([part.pairs + n for part, n in zip(parts, before)])
+        columns["item"] = torch.cat([part.item + n for part, n in zip(parts, items)])
+        sources = tuple(name for part in parts for name in part.sources)
+        return replace(parts[0], **columns, soft=any(part.soft for part in parts), sources=sources)
 
     def chosen_first(self) -> Logps:
         """Every pair turned so that its winner is preferred with p >= 1/2; where p is 1/2 the order is the data's."""

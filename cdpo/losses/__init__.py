@@ -10,9 +10,10 @@ from cdpo.losses.loss import Loss, PairLoss
 from cdpo.losses.pairwise import BCO, DPO, EXO, IPO, NCA, SFT, SPPO, APODown, APOZero, DiscoPOP, Hinge, Robust
 from cdpo.losses.reference_free import ORPO, SimPO
 from cdpo.losses.rewards import ODPO, REBEL
+from cdpo.losses.transport import AOT
 
 __all__ = [
-    "BCO", "DPO", "EXO", "EXPO", "FDPO", "IPO", "KTO", "NCA", "ODPO", "ORPO", "REBEL", "RLHF", "SFT", "SPPO", "WPO",
-    "APODown", "APOZero", "CalDPO", "DPOPositive", "DiscoPOP", "EXPORegression", "Gaussian", "Hinge", "Loss",
+    "AOT", "BCO", "DPO", "EXO", "EXPO", "FDPO", "IPO", "KTO", "NCA", "ODPO", "ORPO", "REBEL", "RLHF", "SFT", "SPPO",
+    "WPO", "APODown", "APOZero", "CalDPO", "DPOPositive", "DiscoPOP", "EXPORegression", "Gaussian", "Hinge", "Loss",
     "OnPolicyRegression", "PairLoss", "Robust", "SimPO", "Sum",
 ]  # fmt: skip

@@ -114,6 +114,8 @@ class Sum(Combined):
 
 
 def check_pair_loss(name: str, loss: Loss) -> None:
-    """Raise ValueError unless `loss` gives one number per pair."""
+    """Raise ValueError unless `loss` gives one number per pair, whatever the others are."""
+    if getattr(loss, "whole_steps", False):
+        raise ValueError(f"{name} must be a loss of single pairs; {type(loss).__name__} is one of all pairs of a step")
     if loss.unit != "pair":
         raise ValueError(f"{name} must be a loss of pairs; {type(loss).__name__} is one of {loss.unit}s")

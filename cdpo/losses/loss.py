@@ -47,6 +47,7 @@ class PairLoss:
     reads_baseline: ClassVar[bool] = False  # `Logps.baseline`, None for others: it costs a wait for the device per step
     reads_rewards: ClassVar[bool] = False  # `Logps.rewards`
     reads_preference: ClassVar[bool] = False  # `Logps.preference`: has soft labels of its own, and is asked once
+    whole_steps: ClassVar[bool] = False  # and `Logps.weight`: a pair's number depends on all pairs of a step
 
     def __post_init__(self) -> None:
         check_positive(beta=self.beta)

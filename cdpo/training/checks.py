@@ -22,6 +22,11 @@ def checked(composed: dict[str, Any]) -> Config:
     _check_drawn(spec)
     _check_lbfgs(spec)
     check(spec.constraint, lbfgs=spec.optimizer.full_batch, fsdp=spec.trainer.distributed == "fsdp")
+    if spec.trainer.distributed != "none" and getattr(spec.loss, "whole_steps", False):
+        raise ConfigError(
+            f"trainer.distributed={spec.trainer.distributed} deals the pairs of a step to ranks, and loss "
+            f"{type(spec.loss).__name__} sorts all of them: set trainer.distributed=none"
+        )
     if spec.trainer.distributed == "fsdp":
         _check_fsdp(spec)
     if spec.trainer.compile and isinstance(spec.model, Tabular):

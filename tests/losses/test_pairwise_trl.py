@@ -12,6 +12,7 @@ from pair_losses import gradient, preset, random_logps
 
 from cdpo.batch import Logps
 from cdpo.losses import (
+    AOT,
     BCO,
     DPO,
     EXO,
@@ -33,11 +34,13 @@ from cdpo.losses import (
 from cdpo.losses.loss import per_unit
 
 
-def trl_dpo(logps: Logps, pair: int, loss_type: str, **settings) -> torch.Tensor:
-    """What DPOTrainer computes for one pair: its real method, with a model that returns the given log-probs."""
+def trl_dpo(logps: Logps, pair: int | slice, loss_type: str, **settings) -> torch.Tensor:
+    """What DPOTrainer computes for one pair, or the mean of several: its real method, with a model that returns the
+    given log-probs.
+    """
     from trl import DPOTrainer
 
-    rows = logps.pairs[pair]
+    rows = torch.atleast_2d(logps.pairs[pair]).T.flatten()  # all chosen, then all rejected
     length = logps.length[rows].long()
     mask = torch.arange(1, int(length.max()) + 1) <= length[:, None]  # [2, T]
     log_probs = mask * (logps.policy[rows] / logps.length[rows])[:, None]
@@ -59,13 +62,13 @@ def trl_dpo(logps: Logps, pair: int, loss_type: str, **settings) -> torch.Tensor
         "_metrics": {"eval": defaultdict(list)},
         "_total_train_tokens": 0,
     }
-    completion_mask = torch.cat([torch.zeros(2, 1), mask], dim=1).long()  # a prompt of one token
+    completion_mask = torch.cat([torch.zeros(len(rows), 1), mask], dim=1).long()  # a prompt of one token
     inputs = {
         "input_ids": torch.ones_like(completion_mask),
         "attention_mask": torch.ones_like(completion_mask),
         "completion_mask": completion_mask,
-        "ref_chosen_logps": logps.reference[rows[:1]],
-        "ref_rejected_logps": logps.reference[rows[1:]],
+        "ref_chosen_logps": logps.reference[rows].chunk(2)[0],
+        "ref_rejected_logps": logps.reference[rows].chunk(2)[1],
     }
     model = lambda **_: SimpleNamespace(log_probs=log_probs, **outputs)  # noqa: E731
     return DPOTrainer._compute_loss(SimpleNamespace(**(trainer | settings)), model, inputs, return_outputs=False)
@@ -110,6 +113,16 @@ def test_equals_trl_in_value_and_gradient(loss, loss_type, settings):
     torch.testing.assert_close(per_unit(loss, logps), theirs.detach(), rtol=1e-6, atol=1e-6)
     (their_gradient,) = torch.autograd.grad(theirs.sum(), policy)
     torch.testing.assert_close(gradient(loss, logps), their_gradient, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("paired", "loss_type"), [(True, "aot"), (False, "aot_unpaired")])
+def test_aot_equals_trl_on_a_batch(paired, loss_type):
+    logps = random_logps(seed=3)
+    policy = logps.policy.clone().requires_grad_()
+    theirs = trl_dpo(replace(logps, policy=policy), slice(None), loss_type, beta=0.3)
+    torch.testing.assert_close(AOT(0.3, paired)(logps).mean(), theirs.detach(), rtol=1e-6, atol=1e-6)
+    (their_gradient,) = torch.autograd.grad(theirs, policy)
+    torch.testing.assert_close(gradient(AOT(0.3, paired), logps) / 8, their_gradient, rtol=1e-6, atol=1e-6)
 
 
 def trl_cpo(chosen, rejected, loss_type: str, **settings) -> torch.Tensor:
