@@ -37,7 +37,7 @@ def gradient_of(settings: dict, folder: Path, monkeypatch: pytest.MonkeyPatch) -
     return found[0]
 
 
-@pytest.mark.parametrize("loss", ["gaussian", "sft", "bco", "wpo"])
+@pytest.mark.parametrize("loss", ["gaussian", "sft", "bco", "wpo", "expo", "kto"])
 def test_gradient_does_not_depend_on_micro_batches(loss, tmp_path, monkeypatch):
     """Uneven Items: pairs and tokens per Item differ, so means of means would show."""
     base = [*SMALL, "dataset.preferences=sampled", "dataset.pairs=17", "trainer.batch_size=null", "model.dtype=float64",
