@@ -21,9 +21,10 @@ class EXPO(PairLoss):
     """Hu et al. 2025 (arXiv 2506.07492): -log sigmoid(log pi(w) - log pi(l)) + beta KL(pi_ref || pi).
 
     The KL is that of the pair's prompt, so in the mean over pairs a prompt's KL counts as much as its pairs do.
-    candidates: over all K responses of the prompt, exactly, as the authors' code has it; that code divides the KL by K,
-    so its weight is K times this beta. With K = 2 both are two coins, and the loss is, up to a constant, the preference
-    loss with the label (1 + beta q) / (1 + beta), q = sigmoid of the reference's margin.
+    candidates: over all K responses of the prompt, on which both are renormalised, as the authors' code has it; that
+    code divides the KL by K, so its weight is K times this beta. With K = 2 both are two coins, and the loss is, up to
+    a constant, (1 + beta) times the preference loss with (p + beta q) / (1 + beta) in place of the label p, where q is
+    the sigmoid of log pi_ref(w) - log pi_ref(l).
     pair (ours): [k(Δ(w)) + k(Δ(l))] / 2, k(Δ) = exp(Δ) - 1 - Δ by `exp_or_tangent`, where responses are a sample of all
     that could be written: unbiased if pi_ref wrote them, never negative, and least at pi_ref whoever did.
     """

@@ -180,7 +180,8 @@ class SPPO(PairLoss):
 class APOZero(PairLoss):
     """D'Oosterlinck et al. 2024 (arXiv 2408.06266), Eq. 7: sigmoid(-beta Δ(w)) + sigmoid(beta Δ(l)).
 
-    Chosen goes up, rejected down: for data better than the policy.
+    Chosen goes up, rejected down: for data better than the policy. Of unpaired responses (TRL's `apo_zero_unpaired`) it
+    is the same sum.
     """
 
     def __call__(self, logps: Logps) -> Tensor:

@@ -48,10 +48,11 @@ class AOT(PairLoss):
 
 def coupling(u: Tensor, v: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Optimal transport of two samples on a line whose points weigh `share`: from i to j goes `mass` > 0. [M] each"""
-    by_u, by_v = u.argsort(stable=True), v.argsort(stable=True)
+    there = share > 0
+    by_u, by_v = (order[there[order]] for order in (u.argsort(stable=True), v.argsort(stable=True)))
     ends_u, ends_v = share[by_u].cumsum(0), share[by_v].cumsum(0)
     ends = torch.cat([ends_u, ends_v]).sort().values
     mass = ends.diff(prepend=ends.new_zeros(1))
     ends, mass = ends[mass > 0], mass[mass > 0]
-    i, j = (torch.searchsorted(own, ends - mass / 2).clamp(max=len(u) - 1) for own in (ends_u, ends_v))
+    i, j = (torch.searchsorted(own, ends - mass / 2).clamp(max=len(own) - 1) for own in (ends_u, ends_v))
     return by_u[i], by_v[j], mass

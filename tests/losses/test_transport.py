@@ -65,10 +65,11 @@ def test_one_pair_alone_is_dpo():
         st.one_of(st.sampled_from([0.0, -1e6, 1e6]), st.floats(-40, 0, width=32)), min_size=16, max_size=16
     ),
     preference=st.lists(st.sampled_from([0.0, 0.3, 1.0]), min_size=4, max_size=4),
+    weight=st.lists(st.one_of(st.just(0.0), st.floats(0.01, 9)), min_size=4, max_size=4),
 )
-def test_extreme_log_probs_give_finite_values_and_gradients(paired, values, preference):
-    p = torch.tensor(preference)
-    logps = logps_of(torch.tensor(values[:8]), values[8:], [1] * 8, preference=p)
+def test_extreme_log_probs_give_finite_values_and_gradients(paired, values, preference, weight):
+    p, weight = torch.tensor(preference), torch.tensor(weight, dtype=torch.float64)
+    logps = logps_of(torch.tensor(values[:8]), values[8:], [1] * 8, preference=p, weight=weight)
     assert per_unit(AOT(paired=paired), logps).isfinite().all()
     assert gradient(AOT(paired=paired), logps).isfinite().all()
 
