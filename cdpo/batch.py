@@ -8,7 +8,9 @@ responses, predicted at M positions; P pairs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -114,7 +116,7 @@ class Logps:
     weight: Tensor  # [P]
     rewards: Tensor | None = None  # [S]; true rewards, where known
     fitted_rewards: Tensor | None = None  # [S]; rewards fitted to the pairs
-    progress: float = 0.0  # share of the training steps done, in [0, 1)
+    progress: float = 0.0  # through training: 0 in the first step, 1 in the last one and after it
     baseline: float | None = 0.0  # mean log-ratio of all pairs of earlier steps, nats; None if no loss `reads_baseline`
     soft: bool = True  # False only if every preference is known to be 1
     sources: tuple[str, ...] = field(default=())  # [I]; names of the Items, for messages
@@ -168,6 +170,18 @@ class Logps:
         """
         on_item = self.renormalised()
         return self.sum_by_item(on_item.policy.exp() * on_item.log_ratio())
+
+    @staticmethod
+    def joined(parts: Sequence[Logps]) -> Logps:
+        """One of many, response after response; what is no tensor is that of the first."""
+        names = [name for name, value in vars(parts[0]).items() if isinstance(value, Tensor)]
+        columns: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        before = [0, *accumulate(len(part.policy) for part in parts)]
+        items = [0, *accumulate(part.items for part in parts)]
+        columns["pairs"] = torch.cat([part.pairs + n for part, n in zip(parts, before)])
+        columns["item"] = torch.cat([part.item + n for part, n in zip(parts, items)])
+        sources = tuple(name for part in parts for name in part.sources)
+        return replace(parts[0], **columns, soft=any(part.soft for part in parts), sources=sources)
 
     def chosen_first(self) -> Logps:
         """Every pair turned so that its winner is preferred with p >= 1/2; where p is 1/2 the order is the data's."""

@@ -213,6 +213,13 @@ def test_the_number_of_losses():
     assert f"one of {there} losses" in README, f"README.md tells another number than the {there} of conf/loss"
 
 
+def test_every_loss_is_named():
+    """By its name, or as one of a family, `fdpo_...`."""
+    named = [name for row in table("Losses and metrics", "losses.md") for name in quoted(row[1])]
+    for loss in (path.stem for path in (ROOT / "conf/loss").glob("*.yaml")):
+        assert any(loss == name or (name.endswith("...") and loss.startswith(name[:-3])) for name in named), loss
+
+
 def test_the_map_of_folders_is_complete():
     told = {quoted(row[0])[0].rstrip("/") for row in table("How it flows")}
     there = {f"cdpo/{path.name}" for path in (ROOT / "cdpo").iterdir() if not path.name.startswith("__")}

@@ -25,6 +25,8 @@ class OnCandidates:
     rewards: Literal["data", "fitted"] = "data"  # the data's own, or a Bradley-Terry fit to the prompt's preferences
     ridge: float = 0.0  # of that fit: weight of sum r^2 / 2 beside the mean log-likelihood of connected pairs
     unit: ClassVar[Literal["item"]] = "item"
+    convex: ClassVar[bool] = False
+    weights_move: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_positive(beta=self.beta)
@@ -33,6 +35,11 @@ class OnCandidates:
             raise ValueError(f"ridge={self.ridge} must be a finite number, at least 0")
         if self.ridge and self.rewards == "data":
             raise ValueError(f"ridge={self.ridge} is not used with rewards=data; set ridge=0")
+
+    @property
+    def reads_rewards(self) -> bool:
+        """Those of the data."""
+        return self.rewards == "data"
 
     def policy_and_f(self, logps: Logps) -> tuple[Tensor, Tensor]:
         """log pi(k), and f(k) up to a constant per Item. Raises ConfigError where rewards are missing. [S], [S]"""

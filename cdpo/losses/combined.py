@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,8 +15,23 @@ from cdpo.losses.loss import Loss
 from cdpo.losses.numerics import EXP_BOUND, check_choice
 
 
+def _of_any(name: str) -> property:
+    return property(lambda self: any(getattr(part, name, False) for part in self.parts), doc="Whether a part's is.")
+
+
+class Combined:
+    """What a loss made of others says of itself (`PairLoss` lists it): what any of its parts does."""
+
+    parts: Iterable[Loss]
+    unit: ClassVar[Literal["pair"]] = "pair"
+    weights_move: ClassVar[Any] = _of_any("weights_move")
+    reads_progress: ClassVar[Any] = _of_any("reads_progress")
+    reads_baseline: ClassVar[Any] = _of_any("reads_baseline")
+    reads_rewards: ClassVar[Any] = _of_any("reads_rewards")
+
+
 @dataclass(frozen=True)
-class WPO:
+class WPO(Combined):
     """Any pair loss, weighted by how likely the policy is to write the pair; no gradient flows through the weight.
 
     Zhou et al. 2024 (arXiv 2406.11827), the weight before their alignment step. TRL's `use_weighting` is aligned:
@@ -33,7 +49,8 @@ class WPO:
     weight: Literal["per_token", "importance", "candidates"] = "per_token"
     # for candidates: where the pairs were drawn from; uniform for data in which every pair of responses stands
     drawn: Literal["reference", "uniform"] | None = None
-    unit: ClassVar[Literal["pair"]] = "pair"
+    convex: ClassVar[bool] = False
+    weights_move: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_pair_loss("loss", self.loss)
@@ -49,9 +66,9 @@ class WPO:
         return (chosen + rejected).clamp(max=EXP_BOUND).exp() * (self.loss(logps) - least)
 
     @property
-    def reads_baseline(self) -> bool:
-        """Whether the loss within does."""
-        return getattr(self.loss, "reads_baseline", False)
+    def parts(self) -> Iterable[Loss]:  # type: ignore[override]
+        """The loss within."""
+        return (self.loss,)
 
     def log_weight(self, logps: Logps) -> Tensor:
         """Logarithm of a response's factor of the weight. [S]"""
@@ -66,12 +83,11 @@ class WPO:
 
 
 @dataclass(frozen=True)
-class Sum:
+class Sum(Combined):
     """A weighted sum of named pair losses, for example DPO with SFT on the chosen response."""
 
     losses: dict[str, Loss]  # name -> pair loss
     weights: dict[str, float]  # name -> weight, at least 0; the same names
-    unit: ClassVar[Literal["pair"]] = "pair"
 
     def __post_init__(self) -> None:
         if not self.losses or set(self.losses) != set(self.weights):
@@ -84,15 +100,22 @@ class Sum:
                 raise ValueError(f"weights.{name}={self.weights[name]} must be a finite number, at least 0")
 
     @property
-    def reads_baseline(self) -> bool:
-        """Whether one of the losses does."""
-        return any(getattr(loss, "reads_baseline", False) for loss in self.losses.values())
+    def parts(self) -> Iterable[Loss]:  # type: ignore[override]
+        """The losses."""
+        return self.losses.values()
+
+    @property
+    def convex(self) -> bool:
+        """Whether all parts are, as no weight is negative."""
+        return all(getattr(part, "convex", False) for part in self.parts)
 
     def __call__(self, logps: Logps) -> Tensor:
         return sum((self.weights[name] * loss(logps) for name, loss in self.losses.items()), logps.policy.new_zeros(()))
 
 
 def check_pair_loss(name: str, loss: Loss) -> None:
-    """Raise ValueError unless `loss` gives one number per pair."""
+    """Raise ValueError unless `loss` gives one number per pair, whatever the others are."""
+    if getattr(loss, "whole_steps", False):
+        raise ValueError(f"{name} must be a loss of single pairs; {type(loss).__name__} is one of all pairs of a step")
     if loss.unit != "pair":
         raise ValueError(f"{name} must be a loss of pairs; {type(loss).__name__} is one of {loss.unit}s")

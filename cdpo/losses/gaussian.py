@@ -60,6 +60,16 @@ class Gaussian(PairLoss):
         if self.penalty == "power" and not (self.power is not None and 0 < self.power <= 1):
             raise ValueError(f"power={self.power} must lie in (0, 1] for penalty=power")
 
+    @property
+    def convex(self) -> bool:  # type: ignore[override]
+        """Every penalty is, of log γ; the observation's exponential of a falling function is not."""
+        return self.observation is None
+
+    @property
+    def reads_progress(self) -> bool:  # type: ignore[override]
+        """Where the noise falls."""
+        return self.noise_schedule is not None
+
     def __call__(self, logps: Logps) -> Tensor:
         signal, noise = self.log_signal(logps), self.log_noise(logps)
         penalty = self.penalty_of(signal - noise)

@@ -20,9 +20,9 @@ class Loss(Protocol):
     """A frozen, pure function of log-probs: one number per pair or per Item, never reduced.
 
     A pair loss takes every pair as a hard label, winner over loser, and reads neither `preference` nor `weight`. It is
-    finite, with a finite gradient, wherever the log-probs are. Two things are optional: `reads_baseline = True` of a
-    loss that reads `Logps.baseline`, which is None for others, as to know it costs a wait for the device in every step;
-    and `least(preference)`, the least value of a pair under any policy [P], which `WPO` subtracts.
+    finite, with a finite gradient, wherever the log-probs are. It may say more of itself, as `PairLoss` lists; what it
+    does not say is false. Also optional is `least(preference)`, the least value of a pair under any policy [P], which
+    `WPO` subtracts.
     """
 
     @property
@@ -39,6 +39,15 @@ class PairLoss:
 
     beta: float = 0.1  # strength of the regulariser towards the reference
     unit: ClassVar[Literal["pair"]] = "pair"
+    # for every table of logits whose log-softmax the log-probs are; a convex function of margins is, as they are linear
+    convex: ClassVar[bool] = False
+    # the value is no objective that its gradient descends: a factor or shift moves with the policy, without a gradient
+    weights_move: ClassVar[bool] = False
+    reads_progress: ClassVar[bool] = False  # `Logps.progress`: the objective changes from step to step
+    reads_baseline: ClassVar[bool] = False  # `Logps.baseline`, None for others: it costs a wait for the device per step
+    reads_rewards: ClassVar[bool] = False  # `Logps.rewards`
+    reads_preference: ClassVar[bool] = False  # `Logps.preference`: has soft labels of its own, and is asked once
+    whole_steps: ClassVar[bool] = False  # and `Logps.weight`: a pair's number depends on all pairs of a step
 
     def __post_init__(self) -> None:
         check_positive(beta=self.beta)
@@ -50,7 +59,7 @@ class PairLoss:
 
 def per_unit(loss: Loss, logps: Logps) -> Tensor:
     """The loss of every pair or Item, soft labels included: p * loss(winner, loser) + (1 - p) * loss(loser, winner)."""
-    if loss.unit == "item" or not logps.soft:
+    if loss.unit == "item" or not logps.soft or getattr(loss, "reads_preference", False):
         return loss(logps)
     won, lost = loss(logps.both_ways()).chunk(2)
     return torch.lerp(lost, won, logps.preference)

@@ -14,26 +14,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cdpo.batch import Logps
-from cdpo.errors import ConfigError
 from cdpo.losses.loss import PairLoss
-from cdpo.losses.numerics import check_choice, check_positive, check_range, exp_or_tangent, log_odds
+from cdpo.losses.numerics import check_positive, check_range, exp_or_tangent
+
+
+def margin_of(logps: Logps, length_normalized: bool) -> Tensor:
+    """The margin, of log-ratios per token if `length_normalized`. [P]"""
+    chosen, rejected = logps.of_pairs(logps.log_ratio() / logps.length if length_normalized else logps.log_ratio())
+    return chosen - rejected
 
 
 @dataclass(frozen=True)
 class DPO(PairLoss):
     """Rafailov et al. 2023 (arXiv 2305.18290): -log sigmoid(beta m).
 
-    With label smoothing, cDPO of Mitchell 2023, "A note on DPO with noisy preferences".
+    With label smoothing, cDPO of Mitchell 2023, "A note on DPO with noisy preferences". With lengths, TRL's
+    `sigmoid_norm`, with which Tulu 3 was trained (Lambert et al. 2024, arXiv 2411.15124).
     """
 
     label_smoothing: float = 0.0  # probability that a label is wrong, in [0, 0.5): preferences p = 1 - label_smoothing
+    length_normalized: bool = False  # divide each log-ratio by the tokens of its response
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("label_smoothing", self.label_smoothing, below=0.5)
 
+    @property
+    def convex(self) -> bool:  # type: ignore[override]
+        """Only of the margin; responses of unequal lengths have another."""
+        return not self.length_normalized
+
     def __call__(self, logps: Logps) -> Tensor:
-        reward = self.beta * logps.margin()
+        reward = self.beta * margin_of(logps, self.length_normalized)
         return -(1 - self.label_smoothing) * F.logsigmoid(reward) - self.label_smoothing * F.logsigmoid(-reward)
 
     def least(self, preference: Tensor) -> Tensor:
@@ -53,14 +65,18 @@ class IPO:
     tau: float = 0.1  # the margin is pulled towards 1 / (2 tau)
     length_normalized: bool = False  # divide each log-ratio by the tokens of its response
     unit: ClassVar[Literal["pair"]] = "pair"
+    weights_move: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_positive(tau=self.tau)
 
+    @property
+    def convex(self) -> bool:
+        """As DPO."""
+        return not self.length_normalized
+
     def __call__(self, logps: Logps) -> Tensor:
-        log_ratio = logps.log_ratio() / logps.length if self.length_normalized else logps.log_ratio()
-        chosen, rejected = logps.of_pairs(log_ratio)
-        return (chosen - rejected - 1 / (2 * self.tau)) ** 2
+        return (margin_of(logps, self.length_normalized) - 1 / (2 * self.tau)) ** 2
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,7 @@ class Hinge(PairLoss):
     """max(0, 1 - beta m): SLiC of Zhao et al. 2023 (arXiv 2305.10425), on log-ratios as in RSO (arXiv 2309.06657)."""
 
     beta: float = 0.1  # 1 / beta is the margin beyond which a pair no longer counts
+    convex: ClassVar[bool] = True
 
     def __call__(self, logps: Logps) -> Tensor:
         return F.relu(1 - self.beta * logps.margin())
@@ -81,6 +98,7 @@ class Robust(PairLoss):
     """
 
     label_smoothing: float = 0.1  # e, the share of flipped labels, in [0, 0.5)
+    convex: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,9 +111,14 @@ class Robust(PairLoss):
 
 @dataclass(frozen=True)
 class EXO(PairLoss):
-    """Ji et al. 2024 (arXiv 2402.00856), Eq. 16: reverse KL of (sigmoid(beta m), sigmoid(-beta m)) to (1 - e, e)."""
+    """Ji et al. 2024 (arXiv 2402.00856), Eq. 16: reverse KL of (sigmoid(beta m), sigmoid(-beta m)) to (1 - e, e).
+
+    A soft label p is a target of its own, q = e + (1 - 2 e) p and 1 - q, reached where beta m = logit q. A mixture of
+    the KLs to both hard labels would have its minimum at (2 p - 1) logit(1 - e) instead.
+    """
 
     label_smoothing: float = 1e-3  # e in (0, 0.5): a hard label would be infinitely far
+    reads_preference: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,8 +128,9 @@ class EXO(PairLoss):
     def __call__(self, logps: Logps) -> Tensor:
         reward = self.beta * logps.margin()
         chosen, rejected = F.logsigmoid(reward), F.logsigmoid(-reward)
-        label = reward.new_tensor([1 - self.label_smoothing, self.label_smoothing]).log()
-        return chosen.exp() * (chosen - label[0]) + rejected.exp() * (rejected - label[1])
+        label = torch.stack([logps.preference, 1 - logps.preference])
+        first, second = (self.label_smoothing + (1 - 2 * self.label_smoothing) * label).log()
+        return chosen.exp() * (chosen - first) + rejected.exp() * (rejected - second)
 
 
 @dataclass(frozen=True)
@@ -128,6 +152,7 @@ class BCO(PairLoss):
     r = beta Δ; the shift d is the running mean of r over both sides in earlier steps. TRL's `bco_pair` leaves it out.
     """
 
+    weights_move: ClassVar[bool] = True
     reads_baseline: ClassVar[bool] = True
 
     def __call__(self, logps: Logps) -> Tensor:
@@ -155,7 +180,8 @@ class SPPO(PairLoss):
 class APOZero(PairLoss):
     """D'Oosterlinck et al. 2024 (arXiv 2408.06266), Eq. 7: sigmoid(-beta Δ(w)) + sigmoid(beta Δ(l)).
 
-    Chosen goes up, rejected down: for data better than the policy.
+    Chosen goes up, rejected down: for data better than the policy. Of unpaired responses (TRL's `apo_zero_unpaired`) it
+    is the same sum.
     """
 
     def __call__(self, logps: Logps) -> Tensor:
@@ -195,88 +221,13 @@ class DiscoPOP(PairLoss):
 
 
 @dataclass(frozen=True)
-class SimPO(PairLoss):
-    """Meng et al. 2024 (arXiv 2405.14734): -log sigmoid(beta [s(w) - s(l)] - gamma), s = mean log-prob per token."""
-
-    beta: float = 2.0  # scale of the reward, a mean log-prob per token
-    gamma: float = 0.5  # margin of rewards to be reached, at least 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("gamma", self.gamma, below=float("inf"))
-
-    def __call__(self, logps: Logps) -> Tensor:
-        chosen, rejected = logps.of_pairs(logps.policy / logps.length)
-        return -F.logsigmoid(self.beta * (chosen - rejected) - self.gamma)
-
-
-@dataclass(frozen=True)
-class ORPO(PairLoss):
-    """Hong et al. 2024 (arXiv 2403.07691): per-token NLL of chosen + beta * -log sigmoid(log odds(w) - log odds(l)).
-
-    Odds are p / (1 - p), log p the mean log-prob per token; see `log_odds` for p near 1. TRL's NLL averages over all
-    tokens of a batch, prompts included; ours is one number per pair, whatever shares its batch.
-    """
-
-    beta: float = 0.1  # weight of the odds ratio beside the NLL
-
-    def __call__(self, logps: Logps) -> Tensor:
-        chosen, rejected = logps.of_pairs(logps.policy / logps.length)
-        return -chosen - self.beta * F.logsigmoid(log_odds(chosen) - log_odds(rejected))
-
-
-@dataclass(frozen=True)
-class ODPO(PairLoss):
-    """Amini et al. 2024 (arXiv 2402.10571): -log sigmoid(beta m - offset), a margin that a pair has to reach.
-
-    The offset is `scale`, or `scale * (r(w) - r(l))`, which unlike a log of the difference allows ties and soft labels.
-    """
-
-    offset: Literal["constant", "rewards"] = "constant"  # the same for all pairs, or from the rewards of the data
-    scale: float = 1.0  # the constant, or the factor of the difference of rewards; above 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(scale=self.scale)
-        check_choice("offset", self.offset, "constant", "rewards")
-
-    def __call__(self, logps: Logps) -> Tensor:
-        return -F.logsigmoid(self.beta * logps.margin() - self.scale * self.gap(logps))
-
-    def gap(self, logps: Logps) -> Tensor | float:
-        """r_w - r_l, or 1."""
-        if self.offset == "constant":
-            return 1.0
-        if logps.rewards is None:
-            raise ConfigError("offset=rewards needs a data set with rewards; choose one, or set offset=constant")
-        chosen, rejected = logps.of_pairs(logps.rewards)
-        return chosen - rejected
-
-
-@dataclass(frozen=True)
-class EXPO(PairLoss):
-    """Hu et al. 2025 (arXiv 2506.07492), as we read it: Bradley-Terry of the policy itself + beta KL(pi_ref, pi_theta).
-
-    -log sigmoid(log pi_theta(w) - log pi_theta(l)) + beta [k(Δ(w)) + k(Δ(l))] / 2 with k(Δ) = exp(Δ) - 1 - Δ. The KL
-    is a sum over all responses. Its estimate from the pair is ours: unbiased for responses drawn from pi_ref, never
-    negative, and least at pi_ref wherever they were drawn. Its exponential is `exp_or_tangent`.
-    """
-
-    beta: float = 0.1  # weight of the KL: towards 0 the preferences rule, towards infinity the reference
-
-    def __call__(self, logps: Logps) -> Tensor:
-        chosen, rejected = logps.of_pairs(logps.policy)
-        log_ratio = logps.log_ratio()
-        kl = sum(logps.of_pairs(exp_or_tangent(log_ratio) - 1 - log_ratio))
-        return -F.logsigmoid(chosen - rejected) + 0.5 * self.beta * kl
-
-
-@dataclass(frozen=True)
 class SFT:
     """Maximum likelihood of the chosen response. TRL's `sft` averages over all tokens of a batch, ours per response."""
 
     length_normalized: bool = True  # mean over the tokens of a response instead of their sum
     unit: ClassVar[Literal["pair"]] = "pair"
+    convex: ClassVar[bool] = True
+    weights_move: ClassVar[bool] = False
 
     def __call__(self, logps: Logps) -> Tensor:
         chosen, _ = logps.of_pairs(logps.policy / logps.length if self.length_normalized else logps.policy)

@@ -21,7 +21,13 @@ def checked(composed: dict[str, Any]) -> Config:
     spec = build(composed)
     _check_kinds(spec)
     _check_drawn(spec)
+    _check_lbfgs(spec)
     check(spec.constraint, lbfgs=isinstance(spec.optimizer, LBFGS), fsdp=spec.trainer.distributed == "fsdp")
+    if spec.trainer.distributed != "none" and getattr(spec.loss, "whole_steps", False):
+        raise ConfigError(
+            f"trainer.distributed={spec.trainer.distributed} deals the pairs of a step to ranks, and loss "
+            f"{type(spec.loss).__name__} sorts all of them: set trainer.distributed=none"
+        )
     if spec.trainer.distributed == "fsdp":
         _check_fsdp(spec)
     if isinstance(spec.optimizer, Exact):
@@ -51,9 +57,26 @@ def _check_exact(spec: Config) -> None:
         raise ConfigError(
             "optimizer=exact takes one step, the whole search: leave trainer.max_steps=1, distributed=none"
         )
-    if getattr(spec.loss, "reads_baseline", False) or getattr(spec.loss, "noise_schedule", None):
-        raise ConfigError("optimizer=exact: this loss changes as training goes on; use optimizer=adamw")
+    reasons = {
+        "reads_baseline": "reads means of earlier steps",
+        "reads_progress": "is another one in every step",
+        "whole_steps": "mixes all pairs of a step, and many searches share one",
+    }
+    if reason := next((why for name, why in reasons.items() if getattr(spec.loss, name, False)), None):
+        raise ConfigError(f"optimizer=exact: this loss {reason}; use optimizer=adamw")
     setting_of(spec.constraint, size=1)
+
+
+def _check_lbfgs(spec: Config) -> None:
+    """ConfigError where a line search would descend what is no objective, or not the same one in every step."""
+    reasons = {
+        "weights_move": "a part of it moves with the policy without a gradient, so its value is no objective to search",
+        "reads_progress": "it changes from step to step, so curvature of earlier steps is that of another objective",
+    }
+    for name, reason in reasons.items():
+        if isinstance(spec.optimizer, LBFGS) and getattr(spec.loss, name, False):
+            loss = type(spec.loss).__name__
+            raise ConfigError(f"loss {loss} with optimizer=lbfgs: {reason}; set optimizer=adamw or optimizer=sgd")
 
 
 def _check_fsdp(spec: Config) -> None:

@@ -56,6 +56,8 @@ def evaluate(run: Run) -> Evaluation:
             logps = scored.batch(indices).logps(policy, **run.context())
             check_finite(logps)
             tables.add(run, logps, Statistics(*rest))
+    with torch.no_grad():
+        tables.add_loss_of_all(run)
     return tables.summarised()
 
 
@@ -67,15 +69,25 @@ class _Tables:
         self.pairs: dict[str, list[Tensor]] = {}
         self.prompts: dict[str, list[Tensor]] = {}
         self.sources: list[str] = []  # of the prompts
+        self.parts: list[Logps] = []  # where the loss must see them in one piece
 
     def add(self, run: Run, logps: Logps, statistics: Statistics) -> None:
-        self.means.add("loss", per_unit(run.loss, logps), unit_weight(run.loss, logps))
+        if getattr(run.loss, "whole_steps", False):
+            self.parts.append(logps)
+        else:
+            self.means.add("loss", per_unit(run.loss, logps), unit_weight(run.loss, logps))
         add_pair_metrics(self.means, logps, statistics, run.reward_beta)
         view = gaussian_view(logps.chosen_first(), run.reward_beta)
         _append(self.pairs, {"correct": correct(logps), "weight": logps.weight, **view})
         if logps.rewards is not None:
             _append(self.prompts, objective(logps, run.objective_beta))
             self.sources += logps.sources
+
+    def add_loss_of_all(self, run: Run) -> None:
+        """The loss of what was kept for it."""
+        if self.parts:
+            logps = Logps.joined(self.parts)
+            self.means.add("loss", per_unit(run.loss, logps), unit_weight(run.loss, logps))
 
     def summarised(self) -> Evaluation:
         metrics, pairs = self.means.reduce(), {name: torch.cat(parts) for name, parts in self.pairs.items()}

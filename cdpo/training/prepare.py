@@ -137,7 +137,7 @@ def sets_of(spec: Config, rows: Tokenised, pause: Callable[[], None] = lambda: N
         train = [item for item in train if item.pairs]
     if not train:
         raise DataError("no pair is left to train on; data_report.json says where the rows went")
-    if isinstance(spec.loss, OnCandidates) and not fitted:
+    if getattr(spec.loss, "reads_rewards", False):
         _check_rewards(train + held_out)
     if fitted:
         train, held_out = (_fitted(items, spec.loss.ridge, pause) for items in (train, held_out))
@@ -151,7 +151,7 @@ def _check_rewards(items: list[Item]) -> None:
     if bare := [item.source for item in items if item.rewards is None]:
         raise DataError(
             f"the loss needs rewards of every response, and {len(bare)} rows have none ({', '.join(bare[:3])}): "
-            "choose a loss of pairs, loss=rlhf_learned, or data with scored responses (such as bandit)"
+            "choose another loss, such as dpo or rlhf_learned, or data with scored responses (such as bandit)"
         )
 
 

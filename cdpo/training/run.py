@@ -81,6 +81,8 @@ class Run:
             seed=spec.draw,
             micro_batch=self.trainer.micro_batch,
         )
+        if getattr(self.loss, "whole_steps", False):
+            check_whole_steps(self.plan)
         self.parameters = trained_parameters(self.policy)
         self.optimizer: Optimizer = self.optimizer_config.build(self.parameters)
         self.change = Change(self.policy)
@@ -95,8 +97,9 @@ class Run:
 
     def context(self) -> dict[str, Any]:
         """The training state that a loss may read."""
+        step, last = self.state.step, self.plan.steps - 1
         baseline = self.state.baseline if self.reads_baseline else None
-        return {"progress": self.state.step / self.plan.steps, "baseline": baseline}
+        return {"progress": step / last if step < last else 1.0, "baseline": baseline}
 
 
 def trained_parameters(policy: Any) -> list[torch.nn.Parameter]:
@@ -122,6 +125,16 @@ def check_sizes(
         watched = getattr(constraint, "metric", None)
         if watched and not held_out:
             raise ConfigError(f"constraint {name} watches {watched}, but no rows are held out")
+
+
+def check_whole_steps(plan: Plan) -> None:
+    """ConfigError if some step may be more than one micro-batch, for a loss that must see a step in one piece."""
+    tokens = sum(sorted(plan.sizes)[-plan.batch_size :])
+    if plan.batch_size > 1 and tokens > plan.micro_batch:
+        raise ConfigError(
+            f"the loss sorts all pairs of a step, which micro-batches of {plan.micro_batch} tokens would split: set "
+            f"trainer.tokens_per_micro_batch={tokens}, or a smaller trainer.batch_size"
+        )
 
 
 def snapshot(run: Run) -> dict[str, Any]:

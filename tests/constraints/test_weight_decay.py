@@ -40,6 +40,25 @@ def test_weight_decay_is_that_of_adamw():
         }
 
 
+def test_with_sgd_it_is_the_penalty_alpha_theta_squared_in_the_loss():
+    """docs/losses.md: strength 2 alpha, all weights, no momentum."""
+    ours, theirs, alpha = make("gpt2"), make("gpt2"), 0.25
+    decay = WeightDecay(strength=2 * alpha, matrices_only=False)
+    prepare(ours, decay)
+    steps = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (ours, theirs)]
+    for _ in range(3):
+        for model, step in zip((ours, theirs), steps):
+            step.zero_grad()
+            penalty = sum(p.square().sum() for p in model.parameters()) if model is theirs else 0.0
+            (model(IDS, labels=IDS).loss + alpha * penalty).backward()
+        with torch.no_grad():
+            decay.before_step(ours, 0.1)
+        for step in steps:
+            step.step()
+    for one, other in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
+
+
 def test_weight_decay_keeps_frozen_weights_and_the_rank_of_adapters():
     for other in (Freeze(train_last_layers=1), LoRA(rank=2)):
         decay = WeightDecay(strength=0.05)

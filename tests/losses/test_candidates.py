@@ -109,7 +109,7 @@ def test_settings_that_cannot_be_used(overrides, message):
         config.build(composed(*overrides))
 
 
-@pytest.mark.parametrize("loss", ["rlhf", "onpolicy_regression"])
+@pytest.mark.parametrize("loss", ["rlhf", "onpolicy_regression", "rebel"])
 def test_data_without_rewards_is_refused(tmp_path, loss):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{i}", "chosen": "b", "rejected": "c"}) + "\n" for i in range(20)))

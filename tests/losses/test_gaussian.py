@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch.distributions import Normal
 
 from cdpo.batch import Logps
-from cdpo.losses.gaussian import Gaussian
-from cdpo.losses.pairwise import DPO, ODPO
+from cdpo.losses import DPO, ODPO, Gaussian
 
 
 @pytest.fixture(autouse=True)

@@ -11,28 +11,34 @@ import torch
 from pair_losses import PRESETS, all_pairs, composed, gradient, logps_of, preset, random_logps
 
 from cdpo.errors import ConfigError
-from cdpo.losses.combined import WPO, Sum
-from cdpo.losses.divergence import FDPO
-from cdpo.losses.gaussian import Gaussian
-from cdpo.losses.loss import per_unit
-from cdpo.losses.pairwise import (
+from cdpo.losses import (
     BCO,
     DPO,
     EXO,
     EXPO,
+    FDPO,
     IPO,
+    KTO,
     NCA,
     ODPO,
     ORPO,
+    REBEL,
     SFT,
     SPPO,
+    WPO,
     APODown,
     APOZero,
+    CalDPO,
     DiscoPOP,
+    DPOPositive,
+    EXPORegression,
+    Gaussian,
     Hinge,
     Robust,
     SimPO,
-)
+    Sum,
+)  # fmt: skip
+from cdpo.losses.loss import per_unit
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -49,6 +55,15 @@ WRONG = [
     (EXO, {"label_smoothing": 0.0}, "label_smoothing"),
     (DiscoPOP, {"tau": 0.0}, "tau"),
     (SimPO, {"gamma": -0.1}, "gamma"),
+    (SimPO, {"alpha": math.inf}, "alpha"),
+    (EXPO, {"kl": "all"}, "kl"),
+    (DPOPositive, {"penalty": 0.0}, "penalty"),
+    (CalDPO, {"weight": -1.0}, "weight"),
+    (KTO, {"desirable": 0.0}, "desirable"),
+    (KTO, {"undesirable": math.nan}, "undesirable"),
+    (KTO, {"kl": "batch"}, "kl"),
+    (FDPO, {"max_reward": 1.0}, "max_reward"),
+    (FDPO, {"divergence": "chi_squared", "max_reward": 0.0}, "max_reward"),
     (ODPO, {"scale": math.inf}, "scale"),
     (ODPO, {"offset": "reward"}, "offset"),
     (FDPO, {"divergence": "kl"}, "divergence"),
@@ -75,6 +90,8 @@ def test_an_unusable_setting_is_an_error_that_names_it(cls, settings, named):
 def test_an_offset_from_rewards_needs_rewards():
     with pytest.raises(ConfigError, match="offset=constant"):
         ODPO(offset="rewards")(replace(random_logps(), rewards=None))
+    with pytest.raises(ConfigError, match="rewards"):
+        REBEL()(replace(random_logps(), rewards=None))
 
 
 AT_ZERO_MARGIN = [
@@ -93,6 +110,13 @@ AT_ZERO_MARGIN = [
     (SimPO(beta=2.0, gamma=0.0), math.log(1 + math.e)),  # means are -1.5 and -1 per token
     (ODPO(scale=math.log(3)), math.log(4)),
     (EXPO(), math.log(2)),
+    (EXPORegression(), 0.25),
+    (DPO(length_normalized=True), math.log(2)),
+    (FDPO(divergence="chi_squared"), math.log(2)),
+    (SimPO(beta=2.0, gamma=0.0, alpha=-1.0), math.log(1 + math.exp(2 * (math.exp(-1) - math.exp(-1.5))))),
+    (DPOPositive(), math.log(2)),
+    (CalDPO(beta=0.1), math.log(2) + 50),
+    (KTO(desirable=1.0, undesirable=3.0, kl="candidates"), 2.0),
     (SFT(), 1.5),
     (SFT(length_normalized=False), 3.0),
     (Gaussian(), math.log(2)),
@@ -106,7 +130,8 @@ def test_numbers_worked_out_by_hand_where_policy_is_reference(loss, expected):
 
 
 MONOTONE = [DPO(), Hinge(beta=0.01), Robust(), BCO(), APOZero(), SimPO(), ORPO(), ODPO(), Gaussian()]
-MONOTONE += [FDPO(divergence=name) for name in ("reverse_kl", "forward_kl", "jensen_shannon")]
+MONOTONE += [FDPO(divergence=name) for name in ("reverse_kl", "forward_kl", "jensen_shannon", "chi_squared")]
+MONOTONE += [DPO(length_normalized=True), DPOPositive(penalty=3.0), SimPO(alpha=0.25), KTO(kl="candidates")]
 MONOTONE += [FDPO(divergence="alpha", alpha=0.4), Gaussian(penalty="linear"), Gaussian(penalty="variational")]
 
 
@@ -141,12 +166,40 @@ def test_sppo_with_soft_labels_has_its_minimum_at_the_win_rate():
     torch.testing.assert_close(gradient(SPPO(beta=0.1), logps), torch.zeros(2))
 
 
-def test_expo_is_bradley_terry_plus_the_exact_kl_when_the_reference_wrote_the_pairs():
-    g = torch.Generator().manual_seed(0)
-    policy, reference = torch.randn(2, 5, generator=g, dtype=torch.float64).log_softmax(-1)
-    logps = all_pairs(policy, reference)
-    mass = reference.exp()[logps.pairs].prod(1)
-    winner, loser = policy.exp()[logps.pairs].unbind(1)
-    kl = torch.nn.functional.kl_div(policy, reference, reduction="sum", log_target=True)
-    expected = mass @ -(winner / (winner + loser)).log() + 0.3 * kl
-    torch.testing.assert_close(mass @ EXPO(beta=0.3)(logps), expected)
+@pytest.mark.parametrize("p", [0.0, 0.3, 0.5, 0.9, 1.0])
+def test_exo_with_soft_labels_has_its_minimum_at_their_log_odds(p):
+    e, beta = 0.1, 0.5
+    q = e + (1 - 2 * e) * p
+    at = torch.tensor([math.log(q / (1 - q)) / beta, 0.0], dtype=torch.float64)
+    logps = logps_of(at, [0.0, 0.0], [1, 1], preference=torch.tensor([p], dtype=torch.float64))
+    loss, zero = EXO(beta=beta, label_smoothing=e), torch.zeros(2, dtype=torch.float64)
+    torch.testing.assert_close(per_unit(loss, logps), zero[:1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradient(loss, logps), zero, rtol=0, atol=1e-12)
+
+
+def test_dpo_positive_is_dpo_while_the_chosen_response_is_above_the_reference():
+    above = logps_of([-2.0, -5.0], [-3.0, -3.0], [1, 1])
+    below = logps_of([-4.0, -7.0], [-3.0, -3.0], [1, 1])  # the same margin of 3, a nat below
+    torch.testing.assert_close(DPOPositive()(above), DPO()(above))
+    expected = torch.tensor([math.log(1 + math.exp(-0.1 * (3 - 50 * 1)))])
+    torch.testing.assert_close(DPOPositive()(below), expected)
+
+
+def test_rebel_on_all_pairs_has_its_minimum_at_the_optimal_policy():
+    """pi_ref exp(r / beta), which leaves no error."""
+    rewards = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    reference = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64).log()
+    logps = replace(all_pairs(reference + rewards / 0.7 - 1.1, reference), rewards=rewards)
+    torch.testing.assert_close(REBEL(beta=0.7)(logps), torch.zeros(9, dtype=torch.float64))
+
+
+def test_kto_without_a_kl_is_apo_zero():
+    logps = replace(random_logps(), baseline=-0.3)  # a KL is not negative
+    torch.testing.assert_close(KTO()(logps), APOZero()(logps))
+
+
+def test_cpo_is_reference_free_dpo_and_sft():
+    logps = random_logps()
+    chosen, rejected = logps.of_pairs(logps.policy)
+    expected = -(0.1 * (chosen - rejected)).sigmoid().log() - logps.of_pairs(logps.policy / logps.length)[0]
+    torch.testing.assert_close(preset("cpo")(logps), expected)

@@ -10,27 +10,33 @@ from mpmath import mp
 from pair_losses import LOSSES, every_loss, gradient, random_logps
 
 from cdpo.batch import Logps
-from cdpo.losses.combined import WPO, Sum
-from cdpo.losses.divergence import FDPO
-from cdpo.losses.gaussian import Gaussian
-from cdpo.losses.pairwise import (
+from cdpo.losses import (
     BCO,
     DPO,
     EXO,
     EXPO,
+    FDPO,
     IPO,
+    KTO,
     NCA,
     ODPO,
     ORPO,
+    REBEL,
     SFT,
     SPPO,
+    WPO,
     APODown,
     APOZero,
+    CalDPO,
     DiscoPOP,
+    DPOPositive,
+    EXPORegression,
+    Gaussian,
     Hinge,
     Robust,
     SimPO,
-)
+    Sum,
+)  # fmt: skip
 
 
 def sigmoid(x):
@@ -44,6 +50,7 @@ def f_prime(loss, u):
         "forward_kl": lambda: -1 / u,
         "jensen_shannon": lambda: mp.log(2 * u / (1 + u)),
         "alpha": lambda: (1 - u ** (-mp.mpf(a))) / a,
+        "chi_squared": lambda: u + mp.log(u),
     }[loss.divergence]()
 
 
@@ -68,9 +75,48 @@ def odds(p):
     return p / (1 - p)
 
 
+def cut(x, bound):
+    return x if bound is None else max(-2 * bound, min(2 * bound, x))
+
+
+def coins_kl(p, q):
+    """KL(p || q) of two coins."""
+    return p * mp.log(p / q) + (1 - p) * mp.log((1 - p) / (1 - q))
+
+
+def of_two(x, y):
+    return x / (x + y)
+
+
+def expo(loss, r):
+    kl = {
+        "candidates": lambda: coins_kl(of_two(r.ref_w, r.ref_l), of_two(r.w, r.l)),
+        "pair": lambda: (r.w / r.ref_w + r.l / r.ref_l - 2 - r.dw - r.dl) / 2,
+    }[loss.kl]()
+    return -mp.log(of_two(r.w, r.l)) + loss.beta * kl
+
+
+def kto(loss, r):
+    z = {
+        "candidates": lambda: coins_kl(of_two(r.w, r.l), of_two(r.ref_w, r.ref_l)),
+        "baseline": lambda: max(0, r.baseline),
+    }[loss.kl]()
+    return loss.desirable * (1 - sigmoid(loss.beta * (r.dw - z))) + loss.undesirable * (
+        1 - sigmoid(loss.beta * (z - r.dl))
+    )
+
+
+def simpo(loss, r):
+    w, l = r.w ** (1 / r.nw), r.l ** (1 / r.nl)  # noqa: E741
+    a = mp.mpf(loss.alpha)
+    gap = mp.log(w / l) if a == 0 else (1 - w**-a) / a - (1 - l**-a) / a
+    return -mp.log(sigmoid(loss.beta * gap - loss.gamma))
+
+
 ORACLES = {
     DPO: lambda L, r: (
-        -(1 - L.label_smoothing) * mp.log(sigmoid(L.beta * r.m)) - L.label_smoothing * mp.log(sigmoid(-L.beta * r.m))
+        -(1 - L.label_smoothing) * mp.log(sigmoid(L.beta * (r.dw / r.nw - r.dl / r.nl if L.length_normalized else r.m)))
+        - L.label_smoothing * mp.log(sigmoid(-L.beta * (r.dw / r.nw - r.dl / r.nl if L.length_normalized else r.m)))
     ),
     IPO: lambda L, r: ((r.dw / r.nw - r.dl / r.nl if L.length_normalized else r.m) - 1 / (2 * mp.mpf(L.tau))) ** 2,
     Hinge: lambda L, r: max(0, 1 - L.beta * r.m),
@@ -96,13 +142,25 @@ ORACLES = {
         -mp.log(sigmoid(L.beta * r.m)) * (1 - sigmoid(L.beta * r.m / L.tau))
         + mp.exp(-L.beta * r.m) * sigmoid(L.beta * r.m / L.tau)
     ),
-    SimPO: lambda L, r: -mp.log(sigmoid(L.beta * (mp.log(r.w) / r.nw - mp.log(r.l) / r.nl) - L.gamma)),
+    SimPO: simpo,
     ORPO: lambda L, r: (
         -mp.log(r.w) / r.nw - L.beta * mp.log(sigmoid(mp.log(odds(r.w ** (1 / r.nw)) / odds(r.l ** (1 / r.nl)))))
     ),
     ODPO: lambda L, r: -mp.log(sigmoid(L.beta * r.m - L.scale * (1 if L.offset == "constant" else r.gap))),
-    FDPO: lambda L, r: -mp.log(sigmoid(L.beta * (f_prime(L, mp.exp(r.dw)) - f_prime(L, mp.exp(r.dl))))),
-    EXPO: lambda L, r: -mp.log(r.w / (r.w + r.l)) + L.beta / 2 * (r.w / r.ref_w + r.l / r.ref_l - 2 - r.dw - r.dl),
+    FDPO: lambda L, r: (
+        -mp.log(sigmoid(cut(L.beta * (f_prime(L, mp.exp(r.dw)) - f_prime(L, mp.exp(r.dl))), L.max_reward)))
+    ),
+    EXPO: expo,
+    EXPORegression: lambda L, r: (
+        (of_two(r.w, r.l) - 1) ** 2 + L.beta * (of_two(r.w, r.l) - of_two(r.ref_w, r.ref_l)) ** 2
+    ),
+    REBEL: lambda L, r: (L.beta * mp.log((r.w / r.ref_w) / (r.l / r.ref_l)) - r.gap) ** 2,
+    DPOPositive: lambda L, r: -mp.log(sigmoid(L.beta * (r.m - L.penalty * max(0, mp.log(r.ref_w / r.w))))),
+    CalDPO: lambda L, r: (
+        -mp.log(sigmoid(r.m))
+        + L.weight * ((r.dw - 1 / (2 * mp.mpf(L.beta))) ** 2 + (r.dl + 1 / (2 * mp.mpf(L.beta))) ** 2)
+    ),
+    KTO: kto,
     SFT: lambda L, r: -mp.log(r.w) / (r.nw if L.length_normalized else 1),
     WPO: lambda L, r: (
         {
@@ -159,11 +217,14 @@ def test_value_equals_the_printed_formula(loss):
     torch.testing.assert_close(loss(single).double(), expected, rtol=2e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "loss", [v for v in LOSSES.values() if not isinstance(v, WPO)], ids=[k for k in LOSSES if "wpo" not in k]
-)
-def test_gradient_equals_that_of_the_printed_formula(loss):
-    """Without WPO, whose weight has no gradient on purpose."""
+STOPPED = [name for name, loss in LOSSES.items() if loss.weights_move and not loss.reads_baseline]
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in STOPPED])
+def test_gradient_equals_that_of_the_printed_formula(name):
+    """Without those that stop a gradient on purpose: WPO's weight, the KL of KTO."""
+    loss = LOSSES[name]
+    assert all("wpo" in one or one == "kto candidates" for one in STOPPED)
     logps = random_logps(pairs=4, seed=2)
     expected = []
     with mp.workdps(60):

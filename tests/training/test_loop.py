@@ -37,7 +37,7 @@ def gradient_of(settings: dict, folder: Path, monkeypatch: pytest.MonkeyPatch) -
     return found[0]
 
 
-@pytest.mark.parametrize("loss", ["gaussian", "sft", "bco", "wpo"])
+@pytest.mark.parametrize("loss", ["gaussian", "sft", "bco", "wpo", "expo", "kto"])
 def test_gradient_does_not_depend_on_micro_batches(loss, tmp_path, monkeypatch):
     """Uneven Items: pairs and tokens per Item differ, so means of means would show."""
     base = [*SMALL, "dataset.preferences=sampled", "dataset.pairs=17", "trainer.batch_size=null", "model.dtype=float64",
@@ -100,6 +100,21 @@ def test_nan_stops_the_run_before_the_optimizer_steps(where, tmp_path, monkeypat
     train(settings, tmp_path / "run")  # the checkpoint is good: the same command finishes
     train(settings, tmp_path / "undisturbed")
     assert same(weights(tmp_path / "run"), weights(tmp_path / "undisturbed"))
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(5, [0, 0.25, 0.5, 0.75, 1]), (1, [1])])
+def test_what_follows_training_begins_at_0_and_is_at_1_in_the_last_step(steps, expected, tmp_path, monkeypatch):
+    """So the last gradient of annealed noise is that of DPO, and so is the loss at the end."""
+    seen, real = [], loop.accumulate
+
+    def recording(run, *arguments):
+        seen.append(run.context()["progress"])
+        return real(run, *arguments)
+
+    monkeypatch.setattr(loop, "accumulate", recording)
+    still = composed(*SMALL, f"trainer.max_steps={steps}", "loss=gaussian_annealed", "optimizer.learning_rate=1e-12")
+    assert train(still, tmp_path / "run")["metrics"]["eval/loss"] == pytest.approx(math.log(2))  # DPO of the reference
+    assert seen == expected
 
 
 def test_a_learning_rate_of_1e20_ends_with_exit_code_4(tmp_path):

@@ -48,10 +48,14 @@ def test_k_steps_and_resume_equal_n_steps(constraint, gpt2, tmp_path, monkeypatc
         assert timeless(tmp_path / "whole") == timeless(tmp_path / f"parts{step}")
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop", "adamw", "lbfgs"])
-def test_every_optimizer_resumes_exactly(optimizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("optimizer", "loss"),
+    [("sgd", "bco"), ("rmsprop", "bco"), ("adamw", "bco"), ("adamw", "gaussian_annealed"), ("lbfgs", "dpo")],
+)
+def test_every_optimizer_resumes_exactly(optimizer, loss, tmp_path, monkeypatch):
+    """And so does a loss that follows training."""
     settings = composed(*SMALL, "trainer.batch_size=null", f"optimizer={optimizer}", "optimizer.schedule=cosine",
-                        "optimizer.warmup_steps=2", "loss=bco")  # fmt: skip
+                        "optimizer.warmup_steps=2", f"loss={loss}")  # fmt: skip
     train(settings, tmp_path / "whole")
     with monkeypatch.context() as patch:
         interrupted_at(4, patch)
