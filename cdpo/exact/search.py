@@ -25,6 +25,7 @@ from cdpo.losses.loss import Loss
 EXPLORED = 80  # steps that every start is given
 FINALISTS, FEW = 12, 4  # starts that go on from there; few where each means many problems
 ROUND = 200  # steps with the same multipliers
+FAR, ON = 50.0, 1.5
 WINNERS, LAST = 3, 60  # finalists that Newton's method brings further, in so many steps
 FREE_STEPS = 300
 
@@ -49,6 +50,7 @@ class Searches:
     value: Tensor  # [S]
     multiplier: Tensor  # [S]; of the KL budget, 0 without one
     at_start: float  # the objective at the reference
+    at_infinity: Tensor  # [S]; whether going on still pays, or the change is FAR longer than the free one
     proof: str  # why the best is the optimum: "convex", "closed form"; "" where it is the best that was found
 
 
@@ -58,7 +60,7 @@ def search(table: Table, loss: Loss, setting: Setting, effort: Effort, more: Map
     known = closed_form(table, loss, setting)
     if known is not None:
         change, multiplier = known
-        return solver.found(["closed form"], change[None], multiplier[None], "closed form")
+        return solver.found(["closed form"], change[None], multiplier[None], change, "closed form")
     free = solver.unconstrained()
     convex = is_convex(table, loss, setting)
     begun = {"unconstrained optimum": free, **({} if convex else more)}
@@ -66,7 +68,7 @@ def search(table: Table, loss: Loss, setting: Setting, effort: Effort, more: Map
     drawn = x[:0] if convex else solver.random(free)
     names = [*begun, *(f"random {i}" for i in range(len(drawn)))]
     x, multiplier = solver.solved(torch.cat([x, drawn]))
-    return solver.found(names, x, multiplier, "convex" if convex else "")
+    return solver.found(names, x, multiplier, free, "convex" if convex else "")
 
 
 def is_convex(table: Table, loss: Loss, setting: Setting) -> bool:
@@ -132,13 +134,28 @@ class Solver:
             return torch.arange(min(most, FEW, len(x)))
         return self.objective.values(x).topk(min(most, len(x)), largest=False).indices
 
-    def found(self, names: list[str], x: Tensor, multiplier: Tensor, proof: str) -> Searches:
+    def found(self, names: list[str], x: Tensor, multiplier: Tensor, free: Tensor, proof: str) -> Searches:
         """What the starts came to, without those that were not brought to the end."""
         ended = ~x.isnan().any(1)
-        x, multiplier = x[ended], multiplier[ended]
-        names = [name for name, one in zip(names, ended.tolist()) if one]
-        at_start = float(self.objective.values(0 * x[:1]))
-        return Searches(names, x, self.objective.change(x), self.objective.values(x), multiplier, at_start, proof)
+        x, value = x[ended], self.objective.values(x[ended])
+        change = self.objective.change(x)
+        return Searches(
+            origins=[name for name, one in zip(names, ended.tolist()) if one],
+            x=x,
+            change=change,
+            value=value,
+            multiplier=multiplier[ended],
+            at_start=float(self.objective.values(0 * x[:1])),
+            at_infinity=self._at_infinity(change, free),
+            proof=proof,
+        )
+
+    def _at_infinity(self, change: Tensor, free: Tensor) -> Tensor:
+        """Whether the optimum seems to lie there. [S, C * V] -> [S]"""
+        if self.setting.bounded or self.setting.budgets or moves(self.objective.loss):
+            return torch.zeros(len(change), dtype=torch.bool)
+        loss = self.objective.free()
+        return (loss.values(ON * change) < loss.values(change)) | (norms(change) > FAR * norms(free[None]))
 
     def budgets(self) -> list[Budget]:
         """What is to be at most 0: the KL less its budget; the norm of a product less its radius."""

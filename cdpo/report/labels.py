@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PENALTIES = ("weight_decay", "l2_to_start")  # constraints that are no sets: the same strength means another norm
 NUMERICAL = (  # keys of trainer that change numbers by rounding at most
-    *("samples", "sample_tokens", "device", "threads"),
+    *("samples", "sample_tokens", "certificate_items", "device", "threads"),
     *("tokens_per_micro_batch", "gradient_checkpointing", "compile"),
 )
 WITHOUT = ("loss.", "restart", "allow_targets", "study", *NOT_IN_DIGEST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,9 +11,12 @@ from cdpo.config.task import Task, write_task
 from cdpo.errors import ConfigError
 from cdpo.sweep.estimate import dry_run
 from cdpo.sweep.outcome import Outcome, earlier, end, failure
+from cdpo.sweep.polish import to_polish
 from cdpo.system.locks import locked
 from cdpo.system.rendezvous import place
 from cdpo.training.checks import checked
+
+log = logging.getLogger(__name__)
 
 
 class Launcher(Protocol):
@@ -80,7 +84,19 @@ def _carried_out(tasks: list[Task | Outcome], how: Launcher) -> list[Outcome]:
         write_task(task)
     known = {outcome.directory: outcome for outcome in how.carry_out(todo, len(tasks))}
     outcomes = [known.get(one.directory) if isinstance(one, Task) else one for one in found]
-    return [outcome for outcome in outcomes if outcome]
+    return _polished([outcome for outcome in outcomes if outcome], how)
+
+
+def _polished(outcomes: list[Outcome], how: Launcher) -> list[Outcome]:
+    """The same after the searches for optima among them have seen each other's solutions (`cdpo.sweep.polish`)."""
+    tasks = to_polish([outcome.task for outcome in outcomes if not outcome.exit_code])
+    if not tasks:
+        return outcomes
+    log.info("%d searches go on from the solutions of other losses", len(tasks))
+    for task in tasks:
+        write_task(task)
+    again = {outcome.directory: outcome for outcome in how.carry_out(tasks, len(tasks))}
+    return [again.get(outcome.directory, outcome) for outcome in outcomes]
 
 
 def at_least(least: int, name: str, value: Any, kind: Any) -> None:

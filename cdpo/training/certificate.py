@@ -183,7 +183,8 @@ def sentence(status: str, proof: str, found: dict[str, Any]) -> str:
     if status == "certified":
         return f"optimal ({proof}; {residual})"
     if status == "searched":
-        return f"stationary ({residual}); other optima are not excluded"
+        where = f"a supremum at infinity, norm {found['norm']:.1e}" if found.get("supremum") else "stationary"
+        return f"{where} ({residual}); other optima are not excluded"
     excess = found.get("infeasibility", 0.0)
     over = f", {excess:.1e} nats over its budget" if excess > FEASIBLE else ""
     return f"not stationary ({residual}, tolerance {found['tolerance']:.0e}{over})"

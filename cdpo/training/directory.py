@@ -54,6 +54,7 @@ class RunDirectory:
     samples = _File("samples.jsonl")
     objective = _File("objective.csv")
     searches = _File("searches.csv")  # what every start of optimizer=exact came to
+    solution = _File("solution.safetensors")  # the change of the table that it found
     starts = _File("starts.safetensors")  # optima of other losses, to begin from too
     nonfinite = _File("nonfinite.json")
     data_report = _File("data_report.json")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cdpo.batch import Batch, Logps
@@ -19,11 +19,10 @@ from cdpo.exact.search import Effort, Searches, moves, search
 from cdpo.exact.setting import setting_of
 from cdpo.measure.objective import attained, objective
 from cdpo.model.change import factors
-from cdpo.system.files import write_csv
+from cdpo.system.files import write_atomic, write_csv
 from cdpo.training.run import Run
 
 SAME = 1e-6  # share of the objective's fall within which two optima are one
-FAR, FLAT = 1.5, 1e-9  # an optimum lies at infinity if going on so far changes the objective by at most that share
 
 
 def solve(run: Run) -> None:
@@ -39,6 +38,8 @@ def solve(run: Run) -> None:
     put(run, found, best)
     fall = found.at_start - float(found.value[best])
     write_searches(run, found, shares)
+    solution = {"change": found.change[best].reshape(table.start.shape).contiguous()}
+    run.ranks.from_first(lambda: write_atomic(run.directory.solution, save(solution)))
     run.state.proof = found.proof
     run.state.search = {
         "starts": len(found.origins),
@@ -47,6 +48,7 @@ def solve(run: Run) -> None:
         "ranked_by": "objective" if by_objective else "J",
         **_range(order, shares, best, how.epsilon * abs(fall)),  # type: ignore[attr-defined]
         "epsilon": how.epsilon,  # type: ignore[attr-defined]
+        "supremum": bool(found.at_infinity[best]),
     }
 
 

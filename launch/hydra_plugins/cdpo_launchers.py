@@ -47,6 +47,15 @@ class Processes(Launcher):
         return [JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED) for overrides in job_overrides]
 
     def composed(self, overrides: Sequence[str]) -> Task | Outcome:
+        """A run with its config; on a table by optimizer=exact, unless told otherwise or where that cannot solve it."""
+        from cdpo.sweep.exact import solvable, told
+
+        found = self._composed(overrides)
+        if told(overrides, self.config) or not solvable(found):
+            return found
+        return self._composed([*overrides, "optimizer=exact"])
+
+    def _composed(self, overrides: Sequence[str]) -> Task | Outcome:
         """A run with its config; its outcome if it cannot be composed."""
         from cdpo.config.compose import composed_of, task_of
         from cdpo.sweep.outcome import failure

@@ -1,0 +1,58 @@
+"""After a sweep of optimizer=exact: each search again, from the solutions of the other losses on the same problem too.
+
+A policy that one loss led to may be better for another loss than all that its own starts found. So RLHF is at least as
+good as every loss under the same constraint, and a gap on a set is not negative, by construction.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from cdpo.config.identity import trajectory
+from cdpo.config.task import Task
+from cdpo.system.files import json_object, remove, write_atomic
+from cdpo.training.directory import RunDirectory
+
+UNANIMOUS = 0.5  # share of starts that found the best, from which on no other solution is looked at
+
+
+def to_polish(tasks: Iterable[Task]) -> list[Task]:
+    """The runs that are to search again, whose directories are made ready for it.
+
+    Left out: what is proven to be optimal, what most starts found, and what has seen these solutions already.
+    """
+    problems: dict[str, list[Task]] = defaultdict(list)
+    for task in tasks:
+        if RunDirectory(task.directory).solution.is_file():
+            problems[_problem(task)].append(task)
+    return [task for same in problems.values() for task in same if _made_ready(task, same)]
+
+
+def _problem(task: Task) -> str:
+    """All of a run's config but its loss, and how hard it searches."""
+    without = ("loss.", "optimizer.", "restart")
+    keys = {key: value for key, value in trajectory(task.composed).items() if not key.startswith(without)}
+    return json.dumps(keys, sort_keys=True, default=str)
+
+
+def _made_ready(task: Task, same: list[Task]) -> bool:
+    directory = RunDirectory(task.directory)
+    certificate: dict[str, Any] = json_object(directory.summary)[0].get("certificate") or {}
+    sure = certificate.get("status") == "certified" or certificate.get("hits", 1.0) > UNANIMOUS
+    others = [other for other in same if other.directory != task.directory]
+    if sure or not others or directory.starts.is_file():
+        return False
+    write_atomic(directory.starts, _together(others))
+    for path in (directory.status, directory.checkpoints, directory.summary):  # without the first it is not done
+        remove(path)
+    return True
+
+
+def _together(others: list[Task]) -> bytes:
+    """The solutions of runs in one file, by the names of their directories."""
+    from safetensors.torch import load_file, save
+
+    return save({f"from {o.directory.name}": load_file(RunDirectory(o.directory).solution)["change"] for o in others})
