@@ -154,7 +154,7 @@ class Bandit(Dataset):
     def _rows(self, world: World, pairs: list[list[Pair]]) -> list[Row]:
         name = Path(self.path).name if self.path else "bandit"
         return [
-            Row(f"{name}:{x + 1}", prompt, world.responses[x], pairs[x], world.rewards[x], complete=False)
+            Row(f"{name}:{x + 1}", prompt, world.responses[x], pairs[x], world.rewards[x], False, "enumerated")
             for x, prompt in enumerate(world.prompts)
         ]
 

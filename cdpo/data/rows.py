@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from cdpo.batch import Pair
+from cdpo.batch import Base, Pair
 from cdpo.errors import ConfigError, DataError
 
 SHOWN = 20  # row names per kind, in messages and in data_report.json
@@ -36,6 +36,7 @@ class Row:
     pairs: list[Pair]  # indices into responses; empty where all rewards tie
     rewards: list[float] | None = None  # [K], where the data set knows them
     complete: bool = True  # open text that ends: it gets an EOS; False for the responses of a bandit
+    base: Base | None = None  # what stands for the reference on the responses; None: uniform where rewards are known
 
     def texts(self) -> list[str]:
         """Every text of the row: of the prompt or its messages, then the responses."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
+from cdpo.batch import Base
 from cdpo.data.formats import ADAPTERS, FORMATS, check, detect
 from cdpo.data.records import Record, read, require_file
 from cdpo.data.rows import BadRow, Data, Dataset, Ledger, Row, refuse_unused, report, require_positive
@@ -34,6 +35,7 @@ class Source(Dataset):
     on_identical: Literal["error", "drop"] = "error"  # chosen == rejected
     on_long: Literal["error", "drop"] = "error"  # more than max_chars
     on_contradiction: Literal["warn", "error"] = "warn"  # A > B and B > A for one prompt
+    base: Base | None = None  # what responses with rewards stand for, as in cdpo.batch; null: uniform
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,10 +114,20 @@ class Source(Dataset):
             raise DataError(f"{name}: contradictions: {', '.join(ledger.notes['contradictions'].rows)}")
         if held_out is None:
             train, held_out = split(name, train, self.eval_size, seed)
+        if all(row.rewards is None for row in train + held_out):
+            refuse_unused(self, ("base",), "on pairs without rewards, which stand for no other responses")
+        train, held_out = ([self._scored(row) for row in rows] for rows in (train, held_out))
         if self.max_eval_rows is not None and len(held_out) > self.max_eval_rows:
             some = Random(f"evaluated {seed}").sample(range(len(held_out)), self.max_eval_rows)
             held_out = [held_out[i] for i in sorted(some)]
         return Data(train, held_out, ledger)
+
+    def _scored(self, row: Row) -> Row:
+        if row.rewards is None:
+            return row
+        if self.base == "enumerated" and len(set(row.responses)) < len(row.responses):
+            raise DataError(f"{row.source}: dataset.base=enumerated, but a response stands there twice; keep one")
+        return replace(row, base=self.base or "uniform")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -161,7 +161,8 @@ class _Tokeniser:
             raise BadRow("identical", "the responses of a pair have the same tokens")
         if self.cuts() > cuts:
             self.ledger.note("cut_rows", row.source)
-        return Item(prompt, answers, row.pairs, row.rewards, row.source)
+        base = row.base or ("uniform" if row.rewards is not None else None)
+        return Item(prompt, answers, row.pairs, row.rewards, row.source, base=base)
 
     def cuts(self) -> int:
         return self.ledger.notes["cut_prompts"].count + self.ledger.notes["cut_responses"].count
@@ -258,7 +259,7 @@ def _key(rows: list[Row], tokenizer: Any, limits: Dataset) -> dict[str, Any]:
 
 def _encoded(items: list[Item], ledger: Ledger) -> Tensor:
     """Strict JSON, as bytes. [n]"""
-    plain = [[item.prompt, item.responses, item.pairs, item.rewards, item.source] for item in items]
+    plain = [[item.prompt, item.responses, item.pairs, item.rewards, item.source, item.base] for item in items]
     content = json.dumps({"items": plain, "ledger": asdict(ledger)}, allow_nan=False, separators=(",", ":"))
     return torch.frombuffer(bytearray(content.encode()), dtype=torch.uint8)
 
@@ -266,8 +267,8 @@ def _encoded(items: list[Item], ledger: Ledger) -> Tensor:
 def _decoded(values: Tensor) -> tuple[list[Item], Ledger]:
     tree = json.loads(values.numpy().tobytes())
     items = [
-        Item(prompt, responses, [Pair(*pair) for pair in pairs], rewards, source)
-        for prompt, responses, pairs, rewards, source in tree["items"]
+        Item(prompt, responses, [Pair(*pair) for pair in pairs], rewards, source, base=base)
+        for prompt, responses, pairs, rewards, source, base in tree["items"]
     ]
     ledger = tree["ledger"]
     for part in ("dropped", "notes"):

@@ -12,7 +12,7 @@ from cdpo.batch import Item, Logps
 from cdpo.data.packing import Scored
 from cdpo.losses.loss import check_finite, per_unit, unit_weight
 from cdpo.measure.gaussian_view import gaussian_view, histograms, summarise
-from cdpo.measure.objective import attained, objective
+from cdpo.measure.objective import attained, effective_sample_size, objective
 from cdpo.measure.objective import means as mean_objective
 from cdpo.measure.pairs import add_pair_metrics, correct
 from cdpo.model.logps import Statistics
@@ -74,7 +74,10 @@ class _Tables:
         view = gaussian_view(logps.chosen_first(), run.reward_beta)
         _append(self.pairs, {"correct": correct(logps), "weight": logps.weight, **view})
         if logps.rewards is not None:
-            _append(self.prompts, objective(logps, run.objective_beta))
+            columns = objective(logps, run.objective_beta)
+            if run.held_out.items[0].base == "empirical":
+                columns["effective_sample_size"] = effective_sample_size(logps)
+            _append(self.prompts, columns)
             self.sources += logps.sources
 
     def summarised(self) -> Evaluation:
