@@ -106,7 +106,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Data:
-    """What a data set yields. The last three are for the tabular model and known to a bandit only."""
+    """What a data set yields. The table, symbols and prompts are for the tabular model, known to a bandit only."""
 
     train: list[Row]
     held_out: list[Row]
@@ -114,6 +114,8 @@ class Data:
     table: list[list[float]] | None = None  # [symbols + prompts, symbols] reference logits; row = last token seen
     symbols: list[str] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
+    labels: str = "given"  # of the training pairs: bradley_terry, sampled or hard; given: as the data set made them
+    reward_scale: float = 1.0  # by which the rewards were multiplied when they were read
 
 
 @dataclass(frozen=True, kw_only=True)

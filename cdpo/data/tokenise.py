@@ -157,7 +157,8 @@ class _Tokeniser:
         if not prompt or not all(answers):
             raise BadRow("empty", "no token is left of the prompt or of a response")
         answers = [self.cut_response(row, answer) for answer in answers]
-        if any(answers[i] == answers[j] for i, j, *_ in row.pairs):
+        rewards = row.rewards or range(len(answers))  # a pair that ties may be cut to the same: it teaches nothing
+        if any(answers[i] == answers[j] and rewards[i] != rewards[j] for i, j, *_ in row.pairs):
             raise BadRow("identical", "the responses of a pair have the same tokens")
         if self.cuts() > cuts:
             self.ledger.note("cut_rows", row.source)
