@@ -28,6 +28,8 @@ class Constraint:
     not_with_lbfgs: str = ""
     #: why this constraint cannot be used with trainer.distributed=fsdp ("" if it can): the weights are DTensors there
     not_with_fsdp: str = ""
+    #: why this constraint cannot be used on pairs without rewards ("" if it can): they tell nothing of the policy's KL
+    not_on_pairs: str = ""
 
     def conflict(self, other: Constraint) -> str:
         """Why this constraint cannot be combined with `other`, or "" if it can. Asked in both directions."""
