@@ -21,8 +21,8 @@ class EarlyStop(Constraint):
     """Training ends at `step`, or when a held-out metric has stopped improving, or when the KL passes a limit.
 
     Whichever of those that are set comes first; at least one must be. The KL is that on the responses of the Items,
-    after every step. On pairs without rewards, which have none, it is SAMPLED, at evaluations: the mean log-ratio of
-    `trainer.samples` plain draws of the policy.
+    after every step. On pairs without rewards, which have none, it is eval/kl/sampled, at evaluations: the mean
+    log-ratio of `trainer.samples` plain draws of the policy.
     """
 
     step: int | None = None  # the last step

@@ -32,7 +32,7 @@ def drawn(pairs: Iterable[Pair], draws: int, random: Random) -> list[Pair]:
 
 
 def deviation(rows: Iterable[Row]) -> float:
-    """Standard deviation of the rewards within their prompts: the root of the mean variance of a row. 0 without any."""
+    """Standard deviation of the rewards within their prompts: the root of the mean variance of a scored row."""
     known = [row.rewards for row in rows if row.rewards is not None]
     variances = [sum((r - sum(some) / len(some)) ** 2 for r in some) / len(some) for some in known]
-    return math.sqrt(sum(variances) / len(variances)) if variances else 0.0
+    return math.sqrt(sum(variances) / len(variances))

@@ -124,7 +124,7 @@ class Source(Dataset):
             raise DataError(f"{name}: contradictions: {', '.join(ledger.notes['contradictions'].rows)}")
         if held_out is None:
             train, held_out = split(name, train, self.eval_size, seed)
-        scale = self._scale(train, held_out)
+        scale = self._scale(train, held_out)  # judges the settings for rewards, too
         train = [self._scored(row, scale, seed) for row in train]
         held_out = [self._scored(row, scale) for row in held_out]
         for row in train + held_out:
@@ -133,20 +133,23 @@ class Source(Dataset):
         if self.max_eval_rows is not None and len(held_out) > self.max_eval_rows:
             some = Random(f"evaluated {seed}").sample(range(len(held_out)), self.max_eval_rows)
             held_out = [held_out[i] for i in sorted(some)]
-        labels = "hard" if all(row.rewards is None for row in train) else self.labels or "bradley_terry"
+        labels = "hard" if train[0].rewards is None else self.labels or "bradley_terry"
         log.info("%s: labels %s, rewards times %g, base %s", name, labels, scale, train[0].base)
         return Data(train, held_out, ledger, labels=labels, reward_scale=scale)
 
     def _scale(self, train: list[Row], held_out: list[Row]) -> float:
-        """What rewards are multiplied by. Raises ConfigError for a setting that rows without rewards do not use."""
-        if all(row.rewards is None for row in train + held_out):
+        """What rewards are multiplied by. ConfigError for a setting that these rows do not use; DataError."""
+        known = {row.rewards is not None for row in train + held_out}
+        if len(known) > 1:
+            raise DataError(f"{self.title()}: rows to train on and rows held out must both have rewards, or neither")
+        if known == {False}:
             refuse_unused(self, ("labels", "reward_scale", "base"), "on pairs without rewards")
             return 1.0
         if self.labels == "hard":
             log.warning("dataset.labels=hard: unconstrained, DPO has no finite optimum, so its gap says little")
         if self.reward_scale != "standard":
             return self.reward_scale
-        if not (found := deviation(train) or deviation(held_out)):
+        if not (found := deviation(train)):
             raise DataError(f"{self.title()}: dataset.reward_scale=standard, but all rewards of each prompt are equal")
         return 1 / found
 

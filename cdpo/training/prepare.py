@@ -151,7 +151,9 @@ def sets_of(spec: Config, rows: Tokenised, pause: Callable[[], None] = lambda: N
 
 
 def _check_pairs(spec: Config, held_out: bool) -> None:
-    """ConfigError for a constraint on a KL that pairs without rewards do not have, and that is not sampled either."""
+    """ConfigError for a loss or constraint on what pairs without rewards neither have nor let be sampled."""
+    if getattr(spec.loss, "drawn", None) is not None:
+        raise ConfigError("loss.weight=candidates on pairs without rewards: use loss=wpo loss.weight=importance")
     for name, constraint in spec.constraint.items():
         if constraint.not_on_pairs:
             raise ConfigError(f"constraint={name} on pairs without rewards: {constraint.not_on_pairs}")

@@ -109,6 +109,13 @@ def test_pairs_without_rewards_take_no_labels(tmp_path, options):
         loaded(tmp_path, pairs, **options)
 
 
+def test_rewards_are_known_of_all_rows_or_of_none(tmp_path):
+    held_out = tmp_path / "pairs.jsonl"
+    held_out.write_text(json.dumps({"prompt": "Q", "chosen": "a", "rejected": "b"}))
+    with pytest.raises(DataError, match="must both have rewards, or neither"):
+        loaded(tmp_path, [ROW], eval_path=str(held_out))
+
+
 def test_equal_rewards_have_no_deviation(tmp_path):
     with pytest.raises(DataError, match="all rewards of each prompt are equal"):
         loaded(tmp_path, [{**ROW, "rewards": [1.0] * 4}], eval_size=0, reward_scale="standard")
