@@ -1,6 +1,6 @@
 """The shared vocabulary: a prompt with its responses (Item), many of them packed (Batch), and their log-probs (Logps).
 
-Holds data only. Every other module imports from here; this one imports nothing of cdpo.
+Holds data only. Every other module imports from here; this one imports nothing of cdpo but its errors.
 
 Sizes, here and everywhere: R rows of T tokens; I Items (prompts) with K responses each, S responses in all, N tokens of
 responses, predicted at M positions; P pairs.
@@ -11,10 +11,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from cdpo.errors import ConfigError
+
+#: what stands for the reference on an Item's responses. enumerated: its own probabilities, as they are all responses
+#: there are; empirical: 1/K, as they were drawn from it, a response drawn twice standing there twice; uniform: 1/K, a
+#: choice, as they are from elsewhere
+Base = Literal["enumerated", "empirical", "uniform"]
 
 
 class Pair(NamedTuple):
@@ -39,6 +46,7 @@ class Item:
     rewards: list[float] | None = None  # [K] true rewards, where the data set knows them
     source: str = ""  # where it came from, "data.jsonl:4", for messages
     fitted_rewards: list[float] | None = None  # [K] rewards fitted to the pairs, for a loss that asks for them
+    base: Base | None = None  # None: nothing stands for the reference, so J and KL are not known on the responses
 
     @property
     def tokens(self) -> int:
@@ -66,6 +74,7 @@ class Batch:
     item: Tensor  # [S]; index of the Item within the batch
     rewards: Tensor | None  # [S]
     fitted_rewards: Tensor | None  # [S]
+    base: Tensor | None  # [S]; as in Logps
     pairs: Tensor  # [P, 2]; winner and loser, as indices of responses
     preference: Tensor  # [P]
     weight: Tensor  # [P]
@@ -95,7 +104,8 @@ class Batch:
 
 
 CONSTANTS = (
-    "reference", "length", "item", "pairs", "preference", "weight", "rewards", "fitted_rewards", "sources", "soft"
+    "reference", "length", "item", "pairs", "preference", "weight", "rewards", "fitted_rewards", "base", "sources",
+    "soft",
 )  # fmt: skip
 
 
@@ -116,6 +126,7 @@ class Logps:
     weight: Tensor  # [P]
     rewards: Tensor | None = None  # [S]; true rewards, where known
     fitted_rewards: Tensor | None = None  # [S]; rewards fitted to the pairs
+    base: Tensor | None = None  # [S]; log m, the measure that stands for the reference, up to a constant per Item
     progress: float = 0.0  # through training: 0 in the first step, 1 in the last one and after it
     baseline: float | None = 0.0  # mean log-ratio of all pairs of earlier steps, nats; None if no loss `reads_baseline`
     soft: bool = True  # False only if every preference is known to be 1
@@ -153,21 +164,23 @@ class Logps:
         return shifted - self.sum_by_item(shifted.exp()).log()[self.item]
 
     def renormalised(self) -> Logps:
-        """Policy and reference as distributions over each Item's K responses: pi(k) = softmax_k log pi_theta(y_k|x).
+        """Policy and reference as distributions over each Item's K responses, by `base` and the log-ratios Δ (ours).
 
-        Margins do not change, since the normaliser cancels; expectations over the responses become exact sums.
+        The reference is m(k), the policy m(k) exp(Δ_k) up to its normaliser, which cancels in margins. Enumerated, m is
+        the reference's own and the policy its own renormalised: the expectations are exact. On draws of the reference
+        they are self-normalised importance sampling. ConfigError without a base.
         """
-        return replace(
-            self,
-            policy=self.log_softmax_by_item(self.policy),
-            reference=self.log_softmax_by_item(self.reference),
-        )
+        if self.base is None:
+            raise ConfigError(
+                f"{', '.join(self.sources[:3]) or 'these Items'}: pairs without rewards stand for no other responses, "
+                "so no KL or expectation is known on them; use data with rewards"
+            )
+        policy = self.policy + (self.base - self.reference)  # exactly the policy where all responses are enumerated
+        base = self.log_softmax_by_item(self.base)
+        return replace(self, policy=self.log_softmax_by_item(policy), reference=base, base=base)
 
     def candidate_kl(self) -> Tensor:
-        """KL(policy || reference) in nats, both renormalised on each Item's responses; exact, differentiable. [I]
-
-        On the K = 2 responses of a pair it is the KL between two Bernoulli distributions.
-        """
+        """KL(policy || reference) in nats, both `renormalised` on each Item's responses; differentiable. [I]"""
         on_item = self.renormalised()
         return self.sum_by_item(on_item.policy.exp() * on_item.log_ratio())
 

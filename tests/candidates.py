@@ -10,9 +10,10 @@ SIZES = (2, 5, 3)  # candidates of each Item
 
 
 def logps(policy, reference, item, **options):
-    """Log-probs without pairs."""
+    """Log-probs without pairs, of all the responses that there are."""
     none = torch.zeros(0)
     item = torch.tensor(item)
+    options = {"base": reference, **options}
     return Logps(policy, reference, torch.ones(len(item)), item, none.view(0, 2).long(), none, none, **options)
 
 
@@ -26,4 +27,5 @@ def logps_of(seed: int = 0, **more) -> Logps:
     pairs = torch.stack([first, first + 1], 1)
     ones = torch.ones(3, dtype=torch.float64)
     lengths = torch.ones(total, dtype=torch.float64)
-    return Logps(policy, reference, lengths, item, pairs, ones, ones, rewards, sources=("a", "b", "c"), **more)
+    more = {"base": reference, "sources": ("a", "b", "c"), **more}
+    return Logps(policy, reference, lengths, item, pairs, ones, ones, rewards, **more)

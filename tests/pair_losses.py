@@ -52,10 +52,11 @@ def logps_of(policy, reference, length, **more) -> Logps:
     pairs = torch.arange(len(policy)).view(-1, 2)
     like = {"dtype": policy.dtype}
     count = len(pairs)
-    defaults = {"preference": torch.ones(count, **like), "weight": torch.ones(count, **like)}
+    reference = torch.as_tensor(reference, **like)
+    defaults = {"preference": torch.ones(count, **like), "weight": torch.ones(count, **like), "base": reference}
     return Logps(
         policy=policy,
-        reference=torch.as_tensor(reference, **like),
+        reference=reference,
         length=torch.as_tensor(length, **like),
         item=torch.arange(len(policy)) // 2,
         pairs=pairs,
@@ -78,8 +79,8 @@ def gradient(loss, logps: Logps) -> torch.Tensor:
 
 
 def all_pairs(policy: torch.Tensor, reference: torch.Tensor) -> Logps:
-    """One prompt, K one-token responses, all K^2 ordered pairs."""
+    """One prompt, K one-token responses, which are all there are, and all K^2 ordered pairs."""
     pairs = torch.cartesian_prod(torch.arange(len(policy)), torch.arange(len(policy)))
     ones = torch.ones(len(pairs), dtype=policy.dtype)
     item = torch.zeros(len(policy), dtype=torch.long)
-    return Logps(policy, reference, torch.ones_like(policy), item, pairs, ones, ones)
+    return Logps(policy, reference, torch.ones_like(policy), item, pairs, ones, ones, base=reference)

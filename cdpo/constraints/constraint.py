@@ -33,6 +33,8 @@ class Constraint:
     no_optimum: str = ""
     #: whether it restricts the weights themselves to a convex set, or adds a convex penalty of theirs
     convex: bool = False
+    #: why this constraint cannot be used on pairs without rewards ("" if it can): they tell nothing of the policy's KL
+    not_on_pairs: str = ""
 
     def conflict(self, other: Constraint) -> str:
         """Why this constraint cannot be combined with `other`, or "" if it can. Asked in both directions."""

@@ -13,12 +13,16 @@ from cdpo.batch import Logps
 from cdpo.constraints.constraint import Constraint
 from cdpo.errors import ConfigError
 
+KL, SAMPLED = "early_stop/kl", "eval/kl/sampled"
+
 
 @dataclass
 class EarlyStop(Constraint):
     """Training ends at `step`, or when a held-out metric has stopped improving, or when the KL passes a limit.
 
-    Whichever of those that are set comes first; at least one must be.
+    Whichever of those that are set comes first; at least one must be. The KL is that on the responses of the Items,
+    after every step. On pairs without rewards, which have none, it is eval/kl/sampled, at evaluations: the mean
+    log-ratio of `trainer.samples` plain draws of the policy.
     """
 
     step: int | None = None  # the last step
@@ -26,7 +30,7 @@ class EarlyStop(Constraint):
     patience: int = 3  # end at the evaluation that is the n-th in a row without an improvement
     min_delta: float = 0.0  # an improvement is a change by more than this
     mode: Literal["min", "max"] = "min"  # whether a smaller or a larger metric is better
-    kl: float | None = None  # nats per Item, of the policy to the reference, on each Item's responses
+    kl: float | None = None  # nats per Item, of the policy to the reference
     best: float = field(init=False)
     stale: int = field(init=False, default=0)  # evaluations since the best
     last_kl: float = field(init=False, default=0.0)
@@ -54,13 +58,15 @@ class EarlyStop(Constraint):
         self.best = math.inf if self.mode == "min" else -math.inf
 
     def measure(self, logps: Logps) -> dict[str, Tensor]:
-        return {} if self.kl is None else {"early_stop/kl": logps.candidate_kl().detach()}
+        return {} if self.kl is None or logps.base is None else {KL: logps.candidate_kl().detach()}
 
     def after_step(self, model: nn.Module, metrics: Mapping[str, float]) -> None:
-        self.last_kl = metrics.get("early_stop/kl", 0.0)
+        self.last_kl = metrics.get(KL, self.last_kl)
 
     def stop_reason(self, metrics: Mapping[str, float]) -> str | None:
         """ConfigError if an evaluation did not give `metric`."""
+        if KL not in metrics:
+            self.last_kl = metrics.get(SAMPLED, self.last_kl)
         reason = self._step_reason(metrics["step"]) or self._kl_reason() or self._metric_reason(metrics)
         self.stopped = reason is not None
         return reason

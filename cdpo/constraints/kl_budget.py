@@ -17,7 +17,7 @@ class KLBudget(Constraint):
     """The KL of the policy to the reference is driven to at most `budget` nats per Item by a Lagrange multiplier.
 
     Dual ascent: the loss gains multiplier * KL, and after every step multiplier <- max(0, multiplier + rate * (KL -
-    budget)). The KL is `Logps.candidate_kl`, exact on each Item's responses. It holds in the limit, not at every step.
+    budget)). The KL is `Logps.candidate_kl`, a sum over an Item's responses. It holds in the limit, not at every step.
     """
 
     budget: float  # nats per Item
@@ -25,6 +25,10 @@ class KLBudget(Constraint):
     multiplier: float = field(init=False, default=0.0)
     kl: float = field(init=False, default=0.0)  # of the last step
 
+    not_on_pairs = (
+        "two responses from elsewhere have no gradient of the policy's KL; use data with rewards, or "
+        "constraint=early_stop_kl with trainer.samples=64, which draws from the policy"
+    )
     not_with_lbfgs = "the multiplier changes the objective from step to step; use optimizer=sgd or adamw"
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from random import Random
 from typing import Any, Literal
 
 from cdpo.batch import Pair
+from cdpo.data.labels import bradley_terry
 from cdpo.data.records import read_object
 from cdpo.data.rows import (
     BadRow,
@@ -107,7 +108,8 @@ class Bandit(Dataset):
             held_out = sample(exact, self.eval_pairs, Random(f"eval pairs {seed}"))
         ledger = Ledger(rows=len(exact), kept=len(exact))
         rows = [self._rows(world, pairs) for pairs in (train, held_out)]
-        return Data(rows[0], rows[1], ledger, world.table, world.symbols, world.prompts)
+        labels = "bradley_terry" if self.preferences == "exact" else "sampled"
+        return Data(rows[0], rows[1], ledger, world.table, world.symbols, world.prompts, labels)
 
     def _generate(self) -> World:
         self._check_size(self.prompts, self.alphabet**self.length)  # before it is enumerated
@@ -142,19 +144,18 @@ class Bandit(Dataset):
 
     def _exact_pairs(self, world: World, x: int) -> list[Pair]:
         """All unordered pairs of prompt x, the better response first; the diagonal y1 = y2 teaches nothing."""
-        rewards, k = world.rewards[x], len(world.rewards[x])
+        k = len(world.rewards[x])
         mass = world.reference[x] if self.sampling == "reference" else [1 / k] * k
-        best_first = sorted(range(k), key=lambda i: -rewards[i])
         pairs = [
-            Pair(i, j, sigmoid(rewards[i] - rewards[j]), 2 * mass[i] * mass[j] / len(world.prompts))
-            for i, j in itertools.combinations(best_first, 2)
+            pair._replace(weight=2 * mass[pair.winner] * mass[pair.loser] / len(world.prompts))
+            for pair in bradley_terry(world.rewards[x])
         ]
         return [pair for pair in pairs if pair.weight > 0]  # what underflows is never sampled
 
     def _rows(self, world: World, pairs: list[list[Pair]]) -> list[Row]:
         name = Path(self.path).name if self.path else "bandit"
         return [
-            Row(f"{name}:{x + 1}", prompt, world.responses[x], pairs[x], world.rewards[x], complete=False)
+            Row(f"{name}:{x + 1}", prompt, world.responses[x], pairs[x], world.rewards[x], False, "enumerated")
             for x, prompt in enumerate(world.prompts)
         ]
 
@@ -176,11 +177,6 @@ def sample(exact: list[list[Pair]], n: int, random: Random) -> list[list[Pair]]:
     for (x, winner, loser), count in sorted(counts.items()):
         merged[x].append(Pair(winner, loser, 1.0, float(count)))
     return merged
-
-
-def sigmoid(x: float) -> float:
-    """1 / (1 + exp(-x)), without overflow."""
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
 def softmax(logits: Sequence[float]) -> list[float]:

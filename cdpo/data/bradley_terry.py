@@ -1,6 +1,6 @@
 """Rewards from preferences: the first stage of RLHF, one free number per response, fitted by maximum likelihood.
 
-Pairs read from files are hard labels (soft ones are the bandit's): a response that never loses has no finite reward
+Pairs read from files are hard labels (soft ones follow from rewards): a response that never loses has no finite reward
 without a ridge. All rows of a prompt share one fit.
 """
 

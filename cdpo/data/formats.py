@@ -72,9 +72,11 @@ def _conversation(key: str, value: list[Any]) -> list[dict[str, str]]:
 
 
 def scored(source: str, record: Columns) -> Row:
-    """prompt, responses, rewards: K candidates. Each is preferred to all of lower reward; ties give no pair."""
+    """prompt, responses, rewards: K candidates. Each is preferred to all of lower reward, for want of softer labels."""
     prompt = get(record, "prompt", (str, list))
     responses, rewards = get(record, "responses", list), get(record, "rewards", list)
+    if both := [key for key in ("chosen", "rejected") if record.get(key) is not None]:
+        raise BadRow("key", f"{both[0]!r} beside rewards, of which the preferences are made; delete one of the two")
     if not all(isinstance(text, str) for text in responses):
         raise BadRow("type", "'responses' must hold strings")
     if not all(map(is_number, rewards)):

@@ -27,6 +27,7 @@ def pack(items: Sequence[Item], reference: Sequence[Tensor] | None = None, padde
     tokens = _padded_rows(items) if padded else _packed_trees(items)
     sizes = [len(item.responses) for item in items]
     first = [sum(sizes[:i]) for i in range(len(sizes))]  # index of each Item's first response
+    known = torch.cat(list(reference)) if reference is not None else torch.zeros(sum(sizes), dtype=torch.float64)
     pairs = [(f + p.winner, f + p.loser, p.preference, p.weight) for f, item in zip(first, items) for p in item.pairs]
     responses = [response for item in items for response in item.responses]
     real = torch.float64  # kept exact here; scores and losses choose their own precision
@@ -34,10 +35,11 @@ def pack(items: Sequence[Item], reference: Sequence[Tensor] | None = None, padde
         **tokens,
         target=torch.tensor([token for response in responses for token in response]),
         length=torch.tensor([len(response) for response in responses]),
-        reference=torch.cat(list(reference)) if reference is not None else torch.zeros(len(responses), dtype=real),
+        reference=known,
         item=torch.tensor([i for i, size in enumerate(sizes) for _ in range(size)]),
         rewards=_column([item.rewards for item in items]),
         fitted_rewards=_column([item.fitted_rewards for item in items]),
+        base=_base(items, known),
         pairs=torch.tensor([p[:2] for p in pairs], dtype=torch.long).reshape(-1, 2),
         preference=torch.tensor([p[2] for p in pairs], dtype=real),
         weight=torch.tensor([p[3] for p in pairs], dtype=real),
@@ -51,6 +53,15 @@ def _column(values: list[list[float] | None]) -> Tensor | None:
     known = [value for value in values if value is not None]
     assert len(known) in (0, len(values)), "some Items of a batch have rewards and some have none"
     return torch.tensor([x for value in known for x in value], dtype=torch.float64) if known else None
+
+
+def _base(items: Sequence[Item], reference: Tensor) -> Tensor | None:
+    """`Logps.base` of all responses: the reference's own, or 1/K. [S] -> [S]; None if no Item has one."""
+    kinds = {item.base for item in items}
+    assert len(kinds) == 1, f"the Items of a batch have several bases: {kinds}"
+    if kinds == {None}:
+        return None
+    return reference if kinds == {"enumerated"} else torch.zeros_like(reference)
 
 
 def _packed_trees(items: Sequence[Item]) -> dict[str, Tensor]:
@@ -118,10 +129,11 @@ class Scored:
         return pack([self.items[i] for i in indices], reference, self.padded).to(self.device)
 
     def fingerprint(self) -> str:
-        """sha256 of every Item's tokens, pairs and rewards."""
+        """sha256 of every Item's tokens, pairs, rewards and base."""
         digest = hashlib.sha256()
         for item in self.items:
-            digest.update(json.dumps([item.prompt, item.responses, item.pairs, item.rewards]).encode())
+            known = [item.prompt, item.responses, item.pairs, item.rewards, item.base]
+            digest.update(json.dumps(known).encode())
         return digest.hexdigest()
 
     def portions(self, budget: int) -> list[tuple[int, ...]]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from cdpo.batch import Pair
+from cdpo.batch import Base, Pair
 from cdpo.errors import ConfigError, DataError
 
 SHOWN = 20  # row names per kind, in messages and in data_report.json
@@ -36,6 +36,7 @@ class Row:
     pairs: list[Pair]  # indices into responses; empty where all rewards tie
     rewards: list[float] | None = None  # [K], where the data set knows them
     complete: bool = True  # open text that ends: it gets an EOS; False for the responses of a bandit
+    base: Base | None = None  # what stands for the reference on the responses; None: uniform where rewards are known
 
     def texts(self) -> list[str]:
         """Every text of the row: of the prompt or its messages, then the responses."""
@@ -105,7 +106,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Data:
-    """What a data set yields. The last three are for the tabular model and known to a bandit only."""
+    """What a data set yields. The table, symbols and prompts are for the tabular model, known to a bandit only."""
 
     train: list[Row]
     held_out: list[Row]
@@ -113,6 +114,8 @@ class Data:
     table: list[list[float]] | None = None  # [symbols + prompts, symbols] reference logits; row = last token seen
     symbols: list[str] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
+    labels: str = "given"  # of the training pairs: bradley_terry, sampled or hard; given: as the data set made them
+    reward_scale: float = 1.0  # by which the rewards were multiplied when they were read
 
 
 @dataclass(frozen=True, kw_only=True)

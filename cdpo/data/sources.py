@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
+from cdpo.batch import Base
 from cdpo.data.formats import ADAPTERS, FORMATS, check, detect
+from cdpo.data.labels import bradley_terry, deviation, drawn
 from cdpo.data.records import Record, read, require_file
 from cdpo.data.rows import BadRow, Data, Dataset, Ledger, Row, refuse_unused, report, require_positive
 from cdpo.errors import ConfigError, DataError
@@ -34,10 +36,20 @@ class Source(Dataset):
     on_identical: Literal["error", "drop"] = "error"  # chosen == rejected
     on_long: Literal["error", "drop"] = "error"  # more than max_chars
     on_contradiction: Literal["warn", "error"] = "warn"  # A > B and B > A for one prompt
+    labels: Literal["bradley_terry", "hard", "sampled"] | None = None  # from rewards; null: bradley_terry
+    draws: int | None = None  # of the label of each training pair, if sampled
+    reward_scale: float | Literal["standard"] = 1.0  # multiplies rewards; standard: 1 / their deviation in a prompt
+    base: Base | None = None  # what responses with rewards stand for, as in cdpo.batch; null: uniform
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "max_rows", "max_eval_rows", "max_chars")
+        require_positive(self, "max_rows", "max_eval_rows", "max_chars", "draws")
+        if self.labels != "sampled":
+            refuse_unused(self, ["draws"], "without dataset.labels=sampled")
+        elif self.draws is None:
+            raise ConfigError("dataset.labels=sampled needs a number of draws of each label, such as dataset.draws=1")
+        if self.reward_scale != "standard" and not 0 < self.reward_scale < math.inf:
+            raise ConfigError(f"dataset.reward_scale={self.reward_scale}: choose a finite number above 0, or standard")
         if not 0 <= self.eval_size < math.inf or (self.eval_size >= 1 and self.eval_size != int(self.eval_size)):
             raise ConfigError(f"dataset.eval_size={self.eval_size}: choose a share below 1, or a whole number of rows")
 
@@ -112,10 +124,47 @@ class Source(Dataset):
             raise DataError(f"{name}: contradictions: {', '.join(ledger.notes['contradictions'].rows)}")
         if held_out is None:
             train, held_out = split(name, train, self.eval_size, seed)
+        scale = self._scale(train, held_out)  # judges the settings for rewards, too
+        train = [self._scored(row, scale, seed) for row in train]
+        held_out = [self._scored(row, scale) for row in held_out]
+        for row in train + held_out:
+            if not row.pairs:
+                ledger.note("without_pairs", row.source)
         if self.max_eval_rows is not None and len(held_out) > self.max_eval_rows:
             some = Random(f"evaluated {seed}").sample(range(len(held_out)), self.max_eval_rows)
             held_out = [held_out[i] for i in sorted(some)]
-        return Data(train, held_out, ledger)
+        labels = "hard" if train[0].rewards is None else self.labels or "bradley_terry"
+        log.info("%s: labels %s, rewards times %g, base %s", name, labels, scale, train[0].base)
+        return Data(train, held_out, ledger, labels=labels, reward_scale=scale)
+
+    def _scale(self, train: list[Row], held_out: list[Row]) -> float:
+        """What rewards are multiplied by. ConfigError for a setting that these rows do not use; DataError."""
+        known = {row.rewards is not None for row in train + held_out}
+        if len(known) > 1:
+            raise DataError(f"{self.title()}: rows to train on and rows held out must both have rewards, or neither")
+        if known == {False}:
+            refuse_unused(self, ("labels", "reward_scale", "base"), "on pairs without rewards")
+            return 1.0
+        if self.labels == "hard":
+            log.warning("dataset.labels=hard: unconstrained, DPO has no finite optimum, so its gap says little")
+        if self.reward_scale != "standard":
+            return self.reward_scale
+        if not (found := deviation(train)):
+            raise DataError(f"{self.title()}: dataset.reward_scale=standard, but all rewards of each prompt are equal")
+        return 1 / found
+
+    def _scored(self, row: Row, scale: float, seed: int | None = None) -> Row:
+        """The row with scaled rewards and the pairs that follow from them; labels are drawn where there is a seed."""
+        if row.rewards is None:
+            return row
+        if self.base == "enumerated" and len(set(row.responses)) < len(row.responses):
+            raise DataError(f"{row.source}: dataset.base=enumerated, but a response stands there twice; keep one")
+        rewards, pairs = [scale * reward for reward in row.rewards], row.pairs
+        if self.labels != "hard":
+            pairs = [pair for pair in bradley_terry(rewards) if len({row.responses[k] for k in pair[:2]}) == 2]
+        if self.draws is not None and seed is not None:
+            pairs = drawn(pairs, self.draws, Random(f"labels {seed} {row.source}"))
+        return replace(row, rewards=rewards, pairs=pairs, base=self.base or "uniform")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +246,7 @@ def option(kind: str) -> str:
 
 
 def note(rows: list[Row], ledger: Ledger) -> None:
-    """Count preferences that repeat or contradict an earlier one, responses of white space only, rows without pairs."""
+    """Count preferences that repeat or contradict an earlier one, and responses of white space only."""
     seen: dict[int, str] = {}
     for row in rows:
         for i, j, *_ in row.pairs:
@@ -208,8 +257,6 @@ def note(rows: list[Row], ledger: Ledger) -> None:
             seen.setdefault(hash(key), row.source)
         if any(text.isspace() for text in row.responses):
             ledger.note("whitespace_only", row.source)
-        if not row.pairs:
-            ledger.note("without_pairs", row.source)
 
 
 def split(name: str, rows: list[Row], size: float, seed: int) -> tuple[list[Row], list[Row]]:

@@ -157,11 +157,13 @@ class _Tokeniser:
         if not prompt or not all(answers):
             raise BadRow("empty", "no token is left of the prompt or of a response")
         answers = [self.cut_response(row, answer) for answer in answers]
-        if any(answers[i] == answers[j] for i, j, *_ in row.pairs):
+        rewards = row.rewards or range(len(answers))  # a pair that ties may be cut to the same: it teaches nothing
+        if any(answers[i] == answers[j] and rewards[i] != rewards[j] for i, j, *_ in row.pairs):
             raise BadRow("identical", "the responses of a pair have the same tokens")
         if self.cuts() > cuts:
             self.ledger.note("cut_rows", row.source)
-        return Item(prompt, answers, row.pairs, row.rewards, row.source)
+        base = row.base or ("uniform" if row.rewards is not None else None)
+        return Item(prompt, answers, row.pairs, row.rewards, row.source, base=base)
 
     def cuts(self) -> int:
         return self.ledger.notes["cut_prompts"].count + self.ledger.notes["cut_responses"].count
@@ -258,7 +260,7 @@ def _key(rows: list[Row], tokenizer: Any, limits: Dataset) -> dict[str, Any]:
 
 def _encoded(items: list[Item], ledger: Ledger) -> Tensor:
     """Strict JSON, as bytes. [n]"""
-    plain = [[item.prompt, item.responses, item.pairs, item.rewards, item.source] for item in items]
+    plain = [[item.prompt, item.responses, item.pairs, item.rewards, item.source, item.base] for item in items]
     content = json.dumps({"items": plain, "ledger": asdict(ledger)}, allow_nan=False, separators=(",", ":"))
     return torch.frombuffer(bytearray(content.encode()), dtype=torch.uint8)
 
@@ -266,8 +268,8 @@ def _encoded(items: list[Item], ledger: Ledger) -> Tensor:
 def _decoded(values: Tensor) -> tuple[list[Item], Ledger]:
     tree = json.loads(values.numpy().tobytes())
     items = [
-        Item(prompt, responses, [Pair(*pair) for pair in pairs], rewards, source)
-        for prompt, responses, pairs, rewards, source in tree["items"]
+        Item(prompt, responses, [Pair(*pair) for pair in pairs], rewards, source, base=base)
+        for prompt, responses, pairs, rewards, source, base in tree["items"]
     ]
     ledger = tree["ledger"]
     for part in ("dropped", "notes"):

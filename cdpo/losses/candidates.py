@@ -1,15 +1,16 @@
 """Losses of whole candidate sets: RLHF itself, exactly, and the regression that has its gradient.
 
-The policy and the reference are renormalised on each Item's K responses (`Logps.renormalised`), so every expectation
+The policy and the reference are distributions on each Item's K responses (`Logps.renormalised`), so every expectation
 over responses is a finite sum. Rewards are the data's own, or fitted to its preferences (`cdpo.data.bradley_terry`).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from cdpo.batch import Logps
@@ -46,7 +47,9 @@ class OnCandidates:
         rewards = logps.rewards if self.rewards == "data" else logps.fitted_rewards
         if rewards is None:
             raise ConfigError(f"{type(self).__name__} needs rewards, and {', '.join(logps.sources[:3])} have none")
-        return logps.log_softmax_by_item(logps.policy), self.beta * logps.renormalised().log_ratio() - rewards
+        if logps.base is None:  # pairs with fitted rewards: the two alike, which makes f a function of the margin
+            logps = replace(logps, base=torch.zeros_like(logps.reference))
+        return logps.renormalised().policy, self.beta * logps.renormalised().log_ratio() - rewards
 
 
 @dataclass(frozen=True)

@@ -76,10 +76,11 @@ class WPO(Combined):
             return logps.policy / logps.length
         if self.weight == "importance":
             return logps.log_ratio()
+        on_item = logps.renormalised()
         if self.drawn == "reference":
-            return logps.renormalised().log_ratio()
+            return on_item.log_ratio()
         responses = logps.sum_by_item(torch.ones_like(logps.reference))  # K
-        return logps.log_softmax_by_item(logps.policy) + responses.log()[logps.item]
+        return on_item.policy + responses.log()[logps.item]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ So they go from the Bradley-Terry policy, proportional to exp(r), to the referen
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch.nn.functional as F
@@ -48,7 +48,8 @@ class EXPO(PairLoss):
     def divergence(self, logps: Logps) -> Tensor:
         """KL(pi_ref || pi) of each pair's prompt, or its estimate from the pair, nats. [P]"""
         if self.kl == "candidates":
-            on_item = logps.renormalised()
+            own = logps if logps.base is not None else replace(logps, base=logps.reference)  # a pair: two coins
+            on_item = own.renormalised()
             kl = logps.sum_by_item(-on_item.reference.exp() * on_item.log_ratio())
             return kl[logps.item[logps.pairs[:, 0]]]
         log_ratio = logps.log_ratio()

@@ -1,11 +1,14 @@
 """The RLHF objective J of a policy, exactly, on Items whose candidate responses have known rewards.
 
-J(pi) = E_pi[r] - beta * KL(pi || pi_ref), policy and reference renormalised on each Item's K responses.
+J(pi) = E_pi[r] - beta * KL(pi || pi_ref), policy and reference as distributions on each Item's K responses
+(`Logps.renormalised`): exact where these are all responses, an estimate where they were drawn from the reference, and
+where they are from elsewhere the J of a choice among K.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,7 +24,8 @@ def objective(logps: Logps, beta: float) -> dict[str, Tensor]:
     """
     assert logps.rewards is not None
     rewards, sums = logps.rewards.double(), logps.sum_by_item
-    policy, reference = (logps.log_softmax_by_item(one.double()) for one in (logps.policy.detach(), logps.reference))
+    on_item = replace(logps, policy=logps.policy.detach().double()).renormalised()
+    policy, reference = on_item.policy, on_item.reference
     optimum = logps.log_softmax_by_item(reference + rewards / beta)
     pi = policy.exp()
     expected, kl = (sums(pi * value) for value in (rewards, policy - reference))
@@ -35,6 +39,14 @@ def objective(logps: Logps, beta: float) -> dict[str, Tensor]:
         "kl_to_optimum": sums(pi * (policy - optimum)),
         "tv_to_optimum": sums((pi - optimum.exp()).abs()) / 2,
     }
+
+
+def effective_sample_size(logps: Logps) -> Tensor:
+    """Of K draws of the reference, how many they are worth as draws of the policy: 1 / sum_k pi(k)^2, in [1, K]. [I]
+
+    Kong 1992 (technical report 348, Department of Statistics, University of Chicago), for self-normalised weights.
+    """
+    return 1 / logps.sum_by_item((2 * logps.renormalised().policy.detach()).exp())
 
 
 def attained(values: Mapping[str, float]) -> float:

@@ -37,7 +37,8 @@ def add_pair_metrics(means: Means, logps: Logps, statistics: Statistics, beta: f
     per_pair |= dict(zip(("logits/chosen", "logits/rejected"), logps.of_pairs(statistics.logit)))
     means.add_all(per_pair, logps.weight)
     means.add("entropy", statistics.entropy, logps.length)
-    means.add("kl/candidates", logps.candidate_kl())
+    if logps.base is not None:
+        means.add("kl/candidates", logps.candidate_kl())
 
 
 def add_log_ratio(means: Means, logps: Logps) -> None:

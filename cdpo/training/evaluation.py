@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from cdpo.batch import Item, Logps
 from cdpo.data.packing import Scored
 from cdpo.losses.loss import check_finite, per_unit, unit_weight
 from cdpo.measure.gaussian_view import gaussian_view, histograms, summarise
-from cdpo.measure.objective import attained, objective
+from cdpo.measure.objective import attained, effective_sample_size, objective
 from cdpo.measure.objective import means as mean_objective
 from cdpo.measure.pairs import add_pair_metrics, correct
 from cdpo.model.logps import Statistics
@@ -80,7 +81,10 @@ class _Tables:
         view = gaussian_view(logps.chosen_first(), run.reward_beta)
         _append(self.pairs, {"correct": correct(logps), "weight": logps.weight, **view})
         if logps.rewards is not None:
-            _append(self.prompts, objective(logps, run.objective_beta))
+            columns = objective(logps, run.objective_beta)
+            if run.held_out.items[0].base == "empirical":
+                columns["effective_sample_size"] = effective_sample_size(logps)
+            _append(self.prompts, columns)
             self.sources += logps.sources
 
     def add_loss_of_all(self, run: Run) -> None:
@@ -111,8 +115,22 @@ def _append(table: dict[str, list[Tensor]], columns: dict[str, Tensor]) -> None:
         table.setdefault(name, []).append(values)
 
 
-def sample(run: Run) -> tuple[list[Item], Tensor] | None:
-    """Responses of the policy with their log-ratios, nats; None where none are wanted. All ranks draw the same."""
+@dataclass(frozen=True)
+class Samples:
+    """Responses of the policy, with their log-ratios to the reference, nats."""
+
+    items: list[Item]
+    log_ratio: Tensor  # [samples]
+
+    def metrics(self) -> dict[str, float]:
+        """An estimate of the policy's KL to the reference, up to the cut of the responses, and its standard error."""
+        n = len(self.log_ratio)
+        stderr = float(self.log_ratio.std() / math.sqrt(n)) if n > 1 else math.nan
+        return {"eval/kl/sampled": float(self.log_ratio.mean()), "eval/kl/sampled_stderr": stderr}
+
+
+def sample(run: Run) -> Samples | None:
+    """What the policy writes; None where nothing is wanted. All ranks draw the same."""
     trainer, scored = run.trainer, run.held_out
     if not trainer.samples or not scored.items:
         return None
@@ -122,4 +140,4 @@ def sample(run: Run) -> tuple[list[Item], Tensor] | None:
         run.session.pause()
     samples = Scored(items, scored.padded, scored.device)
     with run.autocast():
-        return items, sampled_kl(run.scorer, run.change, samples, trainer.micro_batch)
+        return Samples(items, sampled_kl(run.scorer, run.change, samples, trainer.micro_batch))

@@ -103,7 +103,8 @@ def _train(session: Session) -> dict[str, Any]:
     with explained(ready.run.trainer.micro_batch):
         fit(ready.run)
     _export(ready.run, ready.data)
-    return _summary(ready.run, {"reference": ready.reference, "seconds_before_training": waited})
+    data = {"labels": ready.data.labels, "reward_scale": ready.data.reward_scale, "base": ready.run.train.items[0].base}
+    return _summary(ready.run, {"reference": ready.reference, **data, "seconds_before_training": waited})
 
 
 def _other(session: Session) -> dict[str, Any]:

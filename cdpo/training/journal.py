@@ -5,16 +5,12 @@ Every rank has a journal, for the numbers are made by all of them; only the firs
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from torch import Tensor
-
-from cdpo.batch import Item
 from cdpo.system.files import write_csv
 from cdpo.system.metrics import MetricsFile
 from cdpo.system.progress import Heartbeat, Progress
-from cdpo.training.evaluation import Evaluation
+from cdpo.training.evaluation import Evaluation, Samples
 from cdpo.training.run import Run
 
 SHOWN = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}  # beside the bar
@@ -62,14 +58,13 @@ class Journal:
         if self.writes and self.run.ended and found.prompts:
             write_csv(self.directory.objective, found.prompts)
 
-    def sampled(self, items: list[Item], log_ratio: Tensor) -> None:
-        """Sampled responses, and what they say of the policy's KL to the reference. [samples] nats"""
+    def sampled(self, samples: Samples) -> None:
+        """Sampled responses, and what they say of the policy's KL to the reference."""
         decode = self.run.tokenizer.decode
-        for item, value in zip(items, log_ratio.tolist()):
+        for item, value in zip(samples.items, samples.log_ratio.tolist()):
             texts = {"prompt": decode(item.prompt), "response": decode(item.responses[0])}
             self._append(self.directory.samples, {"source": item.source, **texts, "log_ratio": value})
-        stderr = float(log_ratio.std() / math.sqrt(len(log_ratio))) if len(log_ratio) > 1 else math.nan
-        self.record({"eval/kl/sampled": float(log_ratio.mean()), "eval/kl/sampled_stderr": stderr})
+        self.record(samples.metrics())
 
     def record(self, row: dict[str, float]) -> None:
         """Remember the newest values, write them to metrics.jsonl, and hand a copy to the logger."""

@@ -207,6 +207,7 @@ def evaluate_if_due(run: Run, journal: Journal) -> None:
             found = evaluate(run)
             row |= found.metrics
             samples = sample(run)
+            row |= samples.metrics() if samples else {}
         reasons = [constraint.stop_reason(row) for constraint in run.constraints.values()]
         state.stopped = next((reason for reason in reasons if reason), None)
         if state.stopped and not due:
@@ -220,7 +221,7 @@ def evaluate_if_due(run: Run, journal: Journal) -> None:
     if found is not None:
         journal.evaluated(found)
     if samples is not None:
-        journal.sampled(*samples)
+        journal.sampled(samples)
 
 
 def save(run: Run, journal: Journal) -> None:

@@ -21,7 +21,7 @@ from cdpo.data.bradley_terry import add_fitted
 from cdpo.data.packing import Scored
 from cdpo.data.rows import Data, Ledger
 from cdpo.data.tokenise import tokenise
-from cdpo.errors import DataError
+from cdpo.errors import ConfigError, DataError
 from cdpo.losses.candidates import OnCandidates
 from cdpo.model.layers import decoder_layers, switch
 from cdpo.model.layout import choose_layout
@@ -128,7 +128,8 @@ def tokenised(
 def sets_of(spec: Config, rows: Tokenised, pause: Callable[[], None] = lambda: None) -> Sets:
     """What this loss trains on and what it is judged by.
 
-    Raises DataError if nothing is left to train on, or the loss needs rewards that the data lack.
+    Raises DataError if nothing is left to train on, or the loss needs rewards that the data lack; ConfigError for a
+    constraint that cannot act on pairs.
     """
     train, held_out, unused = rows.train, rows.held_out, list[Item]()
     fitted = isinstance(spec.loss, OnCandidates) and spec.loss.rewards == "fitted"
@@ -142,9 +143,25 @@ def sets_of(spec: Config, rows: Tokenised, pause: Callable[[], None] = lambda: N
     if fitted:
         train, held_out = (_fitted(items, spec.loss.ridge, pause) for items in (train, held_out))
     log.info("data: %d rows read, %d to train on, %d held out", rows.ledgers["read"].rows, len(train), len(held_out))
+    if any(item.base is None for item in train):
+        _check_pairs(spec, bool(held_out))
     if not held_out:
         log.warning("no rows are held out, so there will be no eval/* and no objective/*; see dataset.eval_size")
     return Sets(train, held_out, unused)
+
+
+def _check_pairs(spec: Config, held_out: bool) -> None:
+    """ConfigError for a loss or constraint on what pairs without rewards neither have nor let be sampled."""
+    if getattr(spec.loss, "drawn", None) is not None:
+        raise ConfigError("loss.weight=candidates on pairs without rewards: use loss=wpo loss.weight=importance")
+    for name, constraint in spec.constraint.items():
+        if constraint.not_on_pairs:
+            raise ConfigError(f"constraint={name} on pairs without rewards: {constraint.not_on_pairs}")
+        if getattr(constraint, "kl", None) is not None and not (spec.trainer.samples and held_out):
+            raise ConfigError(
+                f"constraint.{name}.kl on pairs without rewards is sampled from the policy: set trainer.samples=64 "
+                "(prompts held out, each continued once at every evaluation), and hold rows out"
+            )
 
 
 def _check_rewards(items: list[Item]) -> None:

@@ -20,6 +20,7 @@ from cdpo.errors import DataError
         ({"prompt": "Q?", "responses": ["a", "b"], "rewards": [1.0, "2"]}, "number"),
         ({"prompt": "Q?", "responses": ["a", "b"], "rewards": [1.0, True]}, "number"),
         ({"prompt": "Q?", "responses": ["a", "b"], "rewards": [1.0, 10**400]}, "number"),
+        ({"prompt": "Q?", "responses": ["a", "b"], "rewards": [1.0, 2.0], "chosen": "b", "rejected": "a"}, "key"),
         ({"prompt": "Q?", "responses": ["a", 5], "rewards": [1.0, 2.0]}, "type"),
         ({"prompt": "Q?", "responses": ["a", ""], "rewards": [1.0, 2.0]}, "empty"),
         ({"prompt": "Q?", "responses": ["a", "a"], "rewards": [1.0, 2.0]}, "identical"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -85,13 +86,15 @@ def scored_rows(n):
     return [{"source": "flan", "instruction": f"Q{i}?", "models": ["m"] * 4, "completions": SCORED} for i in range(n)]
 
 
-def test_ultrafeedback_gives_every_pair_that_does_not_tie(preset):
+def test_ultrafeedback_gives_every_pair_with_its_preference(preset):
     data = preset("ultrafeedback", scored_rows(20), ["train"])
     assert (len(data.train), len(data.held_out)) == (18, 2)  # it has no held-out split
     for row in data.train:
         assert row.prompt == [{"role": "user", "content": f"Q{int(row.source.split(':')[1]) - 1}?"}]
         assert (row.responses, row.rewards) == (["a", "b", "c", "d"], [2.0, 7.5, 7.5, 1.0])
-        assert {(p.winner, p.loser) for p in row.pairs} == {(1, 0), (2, 0), (1, 3), (2, 3), (0, 3)}
+        odds = {(p.winner, p.loser): math.log(p.preference / (1 - p.preference)) for p in row.pairs}
+        expected = {(1, 0): 5.5, (2, 0): 5.5, (1, 3): 6.5, (2, 3): 6.5, (0, 3): 1.0, (1, 2): 0.0}
+        assert odds == pytest.approx(expected, abs=1e-9)
 
 
 def test_bad_hub_rows_are_dropped_by_the_presets_and_counted(preset):

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from preference_files import DROP, GOOD, line, write
 
-from cdpo.data.rows import Ledger, Row
-from cdpo.data.sources import Jsonl, note, split
+from cdpo.data.rows import Row
+from cdpo.data.sources import Jsonl, split
 from cdpo.errors import ConfigError, DataError
 
 # one way to spoil a row per fault of the catalogue, with the kind it must be reported as
@@ -143,12 +143,6 @@ def test_duplicates_and_contradictions_are_counted_with_both_rows(tmp_path, capl
     assert "1 contradictions: data.jsonl:4 and data.jsonl:1" in caplog.text
     with pytest.raises(DataError, match=r"contradictions: data\.jsonl:4"):
         Jsonl(path=str(path), on_contradiction="error").load(0)
-
-
-def test_rows_whose_rewards_all_tie_are_kept_and_counted():
-    ledger = Ledger()
-    note([Row("a:1", "Q", ["x", "y"], [], [1.0, 1.0])], ledger)
-    assert ledger.notes["without_pairs"].rows == ["a:1"]
 
 
 @settings(deadline=None)

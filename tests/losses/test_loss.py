@@ -83,7 +83,7 @@ def test_gradient_does_not_depend_on_micro_batches(loss, split):
 
     def backward(pairs: slice) -> torch.Tensor:
         rows = slice(2 * pairs.start, 2 * pairs.stop)
-        per_response = ("reference", "length", "item", "rewards")
+        per_response = ("reference", "length", "item", "rewards", "base")
         part = {name: getattr(whole, name)[rows] for name in per_response}
         part |= {name: getattr(whole, name)[pairs] for name in ("preference", "weight")}
         logps = replace(whole, policy=policy[rows], pairs=whole.pairs[pairs] - rows.start, **part)

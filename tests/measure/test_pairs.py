@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,10 @@ def test_every_metric_of_three_pairs():
     logps = logps_of(policy, reference, [1, 2, 2, 2, 4, 1], preference=preference, weight=weight)
     statistics = Statistics(entropy=torch.tensor([1.0, 0, 0, 0, 1.0, 0]), logit=torch.arange(1.0, 7.0))
     add_pair_metrics(means := Means(), logps, statistics, beta=0.1)
-    assert means.reduce() == pytest.approx(
+    add_pair_metrics(of_pairs := Means(), replace(logps, base=None), statistics, beta=0.1)
+    found = means.reduce()
+    assert found.keys() - of_pairs.reduce().keys() == {"kl/candidates"}  # two responses from elsewhere have none
+    assert found == pytest.approx(
         {
             "rewards/chosen": (0.1 + 0 + 2 * 0.1) / 4,
             "rewards/rejected": (-0.1 + 0 - 2 * 0.2) / 4,
