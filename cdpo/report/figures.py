@@ -14,8 +14,9 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
-from cdpo.report.labels import CONSTRAINT, LOSS, names, number, text, titled
-from cdpo.report.plotting import INK, Drawing, Look, heat, line, looks, panels
+from cdpo.report.intervals import HOW, counted, interval, number, short
+from cdpo.report.labels import CONSTRAINT, LOSS, names, text, titled
+from cdpo.report.plotting import INK, Drawing, Look, focus, heat, line, looks, panels
 from cdpo.report.runs import METRIC
 
 QUALITY = {  # column of the cells -> axis; where rewards are known the first, else the others
@@ -54,12 +55,16 @@ class Study:
         """The losses, best first; those of no finished run last."""
         return list(dict.fromkeys([*self.cells["loss"], *self.runs[LOSS]]))
 
+    def seeds(self) -> str:
+        """Over how many seeds the means are taken."""
+        return counted(self.cells["seeds"] if len(self.cells) else [])
+
     def constraints(self) -> list[str]:
         return list(dict.fromkeys([*self.cells["constraint"], *self.runs[CONSTRAINT]]))
 
 
 def gap_map(study: Study) -> Drawing | None:
-    """Constraint by loss, annotated with mean and standard error."""
+    """Constraint by loss, annotated with mean, interval and number of seeds."""
     known = study.cells[~study.cells["is_ceiling"]] if len(study.cells) else study.cells
     if not known.get("gap", pd.Series(dtype=float)).notna().any():
         return None
@@ -70,7 +75,7 @@ def gap_map(study: Study) -> Drawing | None:
     width = 0.075 * max(map(len, values.index)) + 0.85 * len(values.columns)
     figure = panels([""], size=(max(width, 3.2), 0.27 * len(values) + 0.75), left_out=left_out)
     heat(figure.axes[""], values, texts, low=0.0, high=max(float(known["gap"].max()), 0.05))
-    caption = "Gap to RLHF under the same constraint, as a share of what J can gain: mean ± standard error over seeds."
+    caption = f"Gap to RLHF under the same constraint, as a share of what J can gain: {HOW}."
     low, high = number(known["gap"].min()), number(known["gap"].max())
     alt = f"Heat map of {len(values)} constraints by {len(values.columns)} losses, from {low} to {high}."
     return figure.drawing("gap", caption + " –: no run, or nothing to compare with.", alt)
@@ -89,7 +94,7 @@ def quality(study: Study) -> Drawing | None:
         _dots(axes, study, name, list(groups))
         axes.set(xlabel=title, title="")
     figure.legend(beside=len(shown) == 1)
-    caption = "Means over seeds, bars are standard errors."
+    caption = f"Means, bars are 95% t intervals over {study.seeds()}; long ones leave the panel."
     if shown == ["attained"]:
         caption = f"Attained of the optimum: 0 is the reference, 1 the optimum without a constraint. {caption}"
     return figure.drawing("quality", caption, "A dot per loss, a row per constraint.")
@@ -113,7 +118,7 @@ def levels(study: Study) -> Drawing | None:
         axes.set(xlabel=parts[title]["level_name"].iloc[0])
         axes.set(ylabel="attained" if axes is figure.first else "")
     figure.legend()
-    caption = "Attained against the level of a constraint; bars are standard errors over seeds."
+    caption = f"Attained against the level of a constraint; bars are 95% t intervals over {study.seeds()}."
     return figure.drawing("levels", caption, f"Lines for {known['loss'].nunique()} losses in {len(parts)} panels.")
 
 
@@ -157,7 +162,7 @@ def tightness(study: Study) -> Drawing | None:
     table = pd.DataFrame(rows, columns=["constraint", "loss", "quantity", "value"])
     grids = {}
     for quantity, part in table.groupby("quantity", sort=False):
-        found = part.groupby(["constraint", "loss"], sort=False)["value"].mean().unstack()
+        found = part.groupby(["constraint", "loss"], sort=False)["value"].agg(list).unstack()
         lines = sorted(found.index, key=lambda label: next(i for i, one in enumerate(order) if label.startswith(one)))
         grids[TIGHTNESS[str(quantity)]] = found.reindex(lines, columns=[n for n in study.losses() if n in found])
     if not grids:
@@ -168,16 +173,18 @@ def tightness(study: Study) -> Drawing | None:
     size = (max(width, 3.6), 0.25 * sum(heights) / len(heights))
     figure = panels(list(ordered), columns=1, size=size, height_ratios=heights)
     for title, axes in figure.items():
-        top = float(ordered[title].max().max())
-        heat(axes, ordered[title], ordered[title].map(lambda value: f"{value:.2g}"), low=0.0, high=top or 1.0)
-    caption = "How constraints bind at the end of training, means over seeds. Colours within a panel only."
+        found = ordered[title].map(lambda values: interval(values if isinstance(values, list) else []))
+        means, texts = found.map(lambda one: one[""]), found.map(lambda one: short(*one.values()).replace(" ±", "\n±"))
+        heat(axes, means, texts, low=0.0, high=float(means.max().max()) or 1.0)
+    caption = f"How constraints bind at the end of training: {HOW}. Colours within a panel only."
     return figure.drawing("tightness", caption, f"Heat maps of {len(ordered)} quantities, constraint by loss.")
 
 
 def _pivots(part: pd.DataFrame, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Values and texts of a column of the cells, constraint by loss."""
     rows, columns = list(dict.fromkeys(part["row"])), [str(n) for n in dict.fromkeys(part["loss"])]
-    texts = [number(v) + (f"\n± {e:.3f}" if e == e else "") for v, e in zip(part[name], part[f"{name}_se"])]
+    numbers = zip(part[name], part[f"{name}_half"], part[f"{name}_n"])
+    texts = [number(*one).replace(" ±", "\n±") for one in numbers]
     tables = [part.assign(_v=v).pivot(index="row", columns="loss", values="_v") for v in (part[name], texts)]
     values, words = (table.reindex(index=rows, columns=columns) for table in tables)
     return values.astype(float), words.fillna("")
@@ -188,9 +195,10 @@ def _dots(axes: Axes, study: Study, name: str, groups: list[str]) -> None:
     for i, loss in enumerate(study.losses()):
         part = [row for row in study.cells.to_dict("records") if row["loss"] == loss and row[name] == row[name]]
         y = [groups.index(titled(row["constraint"], row["setting"])) + (i - (n - 1) / 2) * 0.6 / n for row in part]
-        error = [row[f"{name}_se"] if row[f"{name}_se"] == row[f"{name}_se"] else 0.0 for row in part]
+        error = [row[f"{name}_half"] if row[f"{name}_half"] == row[f"{name}_half"] else 0.0 for row in part]
         marks: dict[str, Any] = {"color": styles[loss].color, "marker": styles[loss].marker, "linestyle": "none"}
         axes.errorbar([row[name] for row in part], y, xerr=error, label=loss, elinewidth=0.8, **marks)
+    focus(axes.set_xlim, study.cells[name], axes.get_xlim())
     axes.set_yticks(range(len(groups)), groups)
     axes.set_ylim(len(groups) - 0.5, -0.5)
 
@@ -200,7 +208,8 @@ def _lines(axes: Axes, study: Study, part: pd.DataFrame, x: str, y: str) -> None
     for loss in [name for name in study.losses() if name in set(part["loss"])]:
         one = part[(part["loss"] == loss) & part[y].notna()]
         if len(one):
-            line(axes, list(zip(one[x], one[y], one[f"{y}_se"])), styles[loss], loss)
+            line(axes, list(zip(one[x], one[y], one[f"{y}_half"])), styles[loss], loss)
+    focus(axes.set_ylim, part[y], axes.get_ylim())
     if levels[0] > 0 and levels[-1] >= 5 * levels[0]:
         axes.set_xscale("log")
         axes.minorticks_off()
@@ -249,7 +258,7 @@ def _against(study: Study, name: str) -> Drawing | None:
             axes.set_xticks(range(len(ticks)), ticks)
     figure.legend()
     file = re.sub(r"[^A-Za-z0-9]+", "_", name)
-    caption = f"{' and '.join(shown).capitalize()} against {name}; bars are standard errors over seeds."
+    caption = f"{' and '.join(shown).capitalize()} against {name}; bars are 95% t intervals over {study.seeds()}."
     return figure.drawing(f"setting-{file}", caption, f"A line per loss over {cells['_x'].nunique()} values.")
 
 

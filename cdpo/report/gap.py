@@ -11,20 +11,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from cdpo.report.intervals import interval
 from cdpo.report.labels import CONSTRAINT, LOSS, PENALTIES, Labelled, is_null, names, shown
 from cdpo.report.runs import CONFIG, DONE, METRIC
 
 if TYPE_CHECKING:
     import pandas as pd
 
-RESAMPLES = 10_000
 MOMENTUM = f"{CONFIG}optimizer.momentum"
 SLACK = 1e-3  # of what J can gain: searches of one optimum end that far apart
 TOLERANCE = 1e-9  # relative: a norm at the end of a curve is on it
 SIZES = {"weight_decay": "constraint/weight_decay/norm"}  # what a penalty makes small; else the norm of the change
-MEASURES = {  # column of a cell -> metric; means over seeds with standard errors
+MEASURES = {  # column of a cell -> metric
     "attained": "objective/attained",
     "expected_reward": "objective/expected_reward",
     "kl": "eval/kl/candidates",
@@ -66,10 +64,9 @@ def with_gaps(kept: pd.DataFrame) -> pd.DataFrame:
 
 
 def cells(found: pd.DataFrame, settings: Sequence[str]) -> pd.DataFrame:
-    """One row per loss, constraint and setting: means over seeds of gap and MEASURES, with standard error and number.
+    """One row per loss, constraint and setting: gap and MEASURES, each as the `interval` of its values over seeds.
 
-    `<name>_se` is NaN for one seed; gap and attained have bootstrap 95% intervals too. `gaps`: how many pairs.
-    `identical`: the runs of all seeds have the same numbers.
+    `identical`: the runs of all seeds have the same numbers, so they count as one.
     """
     import pandas as pd
 
@@ -99,18 +96,6 @@ def at_norm(points: Sequence[tuple[float, float]], norm: float) -> tuple[float, 
     if not low - slack <= norm <= high + slack:
         return math.nan, f"norm {norm:.4g} outside RLHF's {low:.4g} to {high:.4g}: add strengths"
     return float(PchipInterpolator(list(known), list(known.values()))(min(max(norm, low), high))), ""
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean, standard error (ddof 1), bootstrap 95% interval (percentiles of fixed draws); NaN for fewer than 2."""
-    sample = np.asarray(values, dtype=float)
-    n = len(sample)
-    if n < 2:
-        return {"": float(sample.mean()) if n else math.nan, "_se": math.nan, "_low": math.nan, "_high": math.nan}
-    means = sample[np.random.default_rng(0).integers(n, size=(RESAMPLES, n))].mean(axis=1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    error = sample.std(ddof=1) / math.sqrt(n)
-    return {"": float(sample.mean()), "_se": float(error), "_low": float(low), "_high": float(high)}
 
 
 def _numbers(frame: pd.DataFrame, metric: str) -> pd.Series:
@@ -183,14 +168,14 @@ def _no_partner(row: Mapping[str, Any], ceilings: pd.DataFrame) -> str:
 
 
 def _cell(key: dict[str, Any], group: pd.DataFrame) -> dict[str, Any]:
-    first, gaps = group.iloc[0], group["gap"].dropna()
+    first, identical = group.iloc[0], _identical(group)
     row = key | {name: first[name] for name in ("setting", "family", "level_name", "level", "is_ceiling", "at_norm")}
-    row |= {"seeds": len(group), "gaps": len(gaps), "identical": _identical(group)}
-    row |= {f"gap{part}": value for part, value in spread(gaps.tolist()).items()}
+    row |= {"seeds": len(group), "identical": identical}
+    for name, values in [("gap", group["gap"]), *((name, _numbers(group, MEASURES[name])) for name in MEASURES)]:
+        known = values.dropna().tolist()
+        once = identical and len(set(known)) == 1
+        row |= {f"{name}{part}": number for part, number in interval(known[:1] if once else known).items()}
     row |= {"ceiling": group["ceiling"].mean(), "penalised_norm": group["norm"].where(group["at_norm"]).mean()}
-    for name, metric in MEASURES.items():
-        parts = spread(_numbers(group, metric).dropna().tolist())
-        row |= {f"{name}{part}": v for part, v in parts.items() if name == "attained" or part in ("", "_se")}
     notes = [f"{reason} (seed {seed})" for reason, seed in zip(group["reason"], group["seed"]) if reason]
     return row | {"searches": group["searches"].max(), "spread": group["spread"].max(), "note": "; ".join(notes)}
 

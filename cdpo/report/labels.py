@@ -24,7 +24,6 @@ NUMERICAL = (  # keys of trainer that change numbers by rounding at most
 WITHOUT = ("loss.", "restart", "allow_targets", "study", *NOT_IN_DIGEST)
 LEVELS = ("rank", "radius", "strength", "budget", "k", "fraction", "p", "step", "kl", "train_last_layers", "patience")
 LOSS, CONSTRAINT = "loss_label", "constraint_label"
-NO_NUMBER = "–"  # where a table has none
 
 
 @dataclass(frozen=True)
@@ -213,15 +212,6 @@ def _settings(words: pd.DataFrame) -> list[str]:
         if column not in seeds and words.groupby([CONSTRAINT, *kept])[column].nunique().max() > 1:
             kept.append(column)
     return kept
-
-
-def number(value: Any, error: Any = None) -> str:
-    """`0.123 ± 0.004`; without a standard error where there is none, and zero without a sign."""
-    if is_null(value):
-        return NO_NUMBER
-    rounded = f"{float(value):.3f}"
-    rounded = rounded.lstrip("-") if float(rounded) == 0 else rounded
-    return rounded if is_null(error) else f"{rounded} ± {float(error):.3f}"
 
 
 def titled(what: object, setting: object) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from cdpo.report.intervals import HOW
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -75,15 +77,15 @@ def _sections(study: Study, table: pd.DataFrame, labelled: pd.DataFrame, picture
     rewards = known and bool(cells["attained"].notna().any())
     comparable = rewards and bool(cells["is_ceiling"].any()) and not cells["is_ceiling"].all()
     of = {name: [p for p in pictures if p.name.split("-")[0] == name] for name in (*ORDER, "recovery")}
-    gap = "gap = attained by RLHF less attained by the loss, under one constraint: mean ± standard error over seeds."
-    more = "Bootstrap 95% intervals are in gap.csv."
-    share = "(J - J of the reference) / (J of the optimum - J of the reference). 1 is the optimum without a constraint."
+    gap = f"gap = attained by RLHF less attained by the loss, under one constraint: {HOW}."
+    share = "(J - J of the reference) / (J of the optimum - J of the reference). 1 is the optimum without a constraint"
+    share += f": {HOW}."
     measures = Section(
         "measures", "All measures", "On held-out pairs; every loss has a unit of its own.", tables.quality(cells)
     )
     sections = [
         *([] if rewards else [replace(measures, figures=of["quality"])]),
-        Section("gap", "Constraint gap", f"{gap} {more}", [tables.gaps(cells)] if comparable else (), of["gap"]),
+        Section("gap", "Constraint gap", gap, [tables.gaps(cells)] if comparable else (), of["gap"]),
         Section(
             "attained", "Attained", share, [tables.attained(cells)] if rewards else (), of["quality"] if rewards else ()
         ),

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,9 +156,9 @@ def _is_below(one: Axes, other: Axes) -> bool:
 
 
 def line(axes: Axes, points: Sequence[tuple[float, float, float]], look: Look, label: str, band: bool = False) -> None:
-    """Means over x with standard errors, as bars or as a band; (x, mean, s.e. or NaN)."""
-    x, mean, error = zip(*sorted(points))
-    spread = [value if value == value else 0.0 for value in error]
+    """Means over x with intervals, as bars or as a band; (x, mean, half an interval or NaN)."""
+    x, mean, half = zip(*sorted(points))
+    spread = [value if value == value else 0.0 for value in half]
     marks = {} if len(x) <= 12 else {"marker": None}
     if band:
         axes.plot(x, mean, label=label, **look.line() | {"marker": None})
@@ -165,6 +166,13 @@ def line(axes: Axes, points: Sequence[tuple[float, float, float]], look: Look, l
         axes.fill_between(x, low, high, color=look.color, alpha=0.18, linewidth=0)
     else:
         axes.errorbar(x, mean, yerr=spread, label=label, capsize=2, elinewidth=0.8, **look.line() | marks)
+
+
+def focus(limit: Callable[..., Any], means: Iterable[float], drawn: tuple[float, float]) -> None:
+    """Limits of an axis, now `drawn`, that show all means; of their intervals as much again, wide as they may be."""
+    known = [mean for mean in means if mean == mean]
+    room = (max(known) - min(known) or 1.0) / 2 if known else math.inf
+    limit(max(drawn[0], min(known, default=0.0) - room), min(drawn[1], max(known, default=0.0) + room))
 
 
 def heat(axes: Axes, values: pd.DataFrame, texts: pd.DataFrame, low: float, high: float) -> None:

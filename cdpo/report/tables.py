@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cdpo.report.gap import MEASURES, SLACK
-from cdpo.report.labels import NO_NUMBER, is_null, number, text
+from cdpo.report.intervals import counted, number, short
+from cdpo.report.labels import text
 from cdpo.report.runs import DONE, METRIC
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ EQUAL_NORM = (
     "0) is a point of the curve, its limit for large strengths; for weight_decay it is that of the weights."
 )
 ONE = "‡"  # one number, however many seeds
-SAME = f"{ONE} the seeds changed nothing: all runs have the same numbers, and ± 0.000 is that of one run repeated."
+SAME = f"{ONE} the seeds changed nothing: all runs have the same numbers, and count as one."
 MANY = 30  # rows; a longer table is folded
 
 
@@ -41,29 +41,20 @@ class Table:
     literal: Sequence[str] = LITERAL
 
 
-def short(value: Any, error: Any = None) -> str:
-    """Four significant digits, two of a standard error."""
-    if is_null(value):
-        return NO_NUMBER
-    return f"{float(value):.4g}" if is_null(error) else f"{float(value):.4g} ± {float(error):.2g}"
-
-
 def summary(runs: pd.DataFrame, cells: pd.DataFrame, settings: Sequence[str]) -> str:
     """How many runs there are, in which states, of what."""
     states = runs["state"].value_counts()
-    counted = ", ".join(
-        f"{n} {state.replace('_', ' ')}" for state, n in sorted(states.items(), key=lambda s: str(s[0]))
-    )
+    ended = ", ".join(f"{n} {state.replace('_', ' ')}" for state, n in sorted(states.items(), key=lambda s: str(s[0])))
     kinds = [
         f"{cells[kind].nunique()} {_plural(kind, cells[kind].nunique())}"
         for kind in ("loss", "constraint")
         if len(cells)
     ]
-    seeds = f", {_seeds(cells['seeds'])} per cell" if len(cells) else ""
+    seeds = f", {counted(cells['seeds'])} per cell" if len(cells) else ""
     groups = {kind: sorted(set(runs[kind].dropna())) for kind in ("model", "dataset")}
     of = "; ".join(f"{kind} {', '.join(found)}" for kind, found in groups.items() if found)
     what = [f"{' and '.join(kinds)}{seeds}"] * bool(kinds) + [of] * bool(of)
-    said = f"{len(runs)} {_plural('run', len(runs))}: {counted}." + f" {'; '.join(what)}." * bool(what)
+    said = f"{len(runs)} {_plural('run', len(runs))}: {ended}." + f" {'; '.join(what)}." * bool(what)
     return said + (f" Means are never taken over different {', '.join(settings)}." if settings else "")
 
 
@@ -92,12 +83,11 @@ def gaps(cells: pd.DataFrame) -> Table:
     others, remarks = cells[~cells["is_ceiling"]], dict[str, int]()
     shown = {}
     for i, row in others.iterrows():
-        mark = AT_NORM if row["at_norm"] and row["gaps"] else ""
-        mark += ONE if row["identical"] and row["gap_se"] == 0 else ""
-        several = f" ({row['gaps']} of {row['seeds']})" if 0 < row["gaps"] < row["seeds"] else ""
+        mark = AT_NORM * bool(row["at_norm"] and row["gap_n"]) + ONE * bool(row["identical"] and row["gap_n"] == 1)
+        n = row["gap_n"] if row["identical"] or row["gap_n"] == row["seeds"] else f"{row['gap_n']} of {row['seeds']}"
         remark = f"{row['loss']}, {_where(row)}: {row['note']}" if row["note"] else ""
         place = f" [{remarks.setdefault(remark, len(remarks) + 1)}]" if remark else ""
-        shown[i] = f"{number(row['gap'], row['gap_se'])}{mark}{several}{place}"
+        shown[i] = f"{number(row['gap'], row['gap_half'], n)}{mark}{place}"
     notes = [EQUAL_NORM] if others["at_norm"].any() else []
     notes += [SAME] if any(ONE in cell for cell in shown.values()) else []
     return Table("", *_pivot(others, shown), notes, list(remarks))
@@ -105,7 +95,7 @@ def gaps(cells: pd.DataFrame) -> Table:
 
 def attained(cells: pd.DataFrame) -> Table:
     """What every loss attains under every constraint, RLHF among them."""
-    shown = {i: number(r["attained"], r["attained_se"]) + ONE * r["identical"] for i, r in cells.iterrows()}
+    shown = {i: number(*written(r, "attained")) + ONE * r["identical"] for i, r in cells.iterrows()}
     return Table("", *_pivot(cells, shown), [SAME] if cells["identical"].any() else [])
 
 
@@ -114,14 +104,13 @@ def quality(cells: pd.DataFrame) -> list[Table]:
     known = [name for name in MEASURES if cells[name].notna().any()] if len(cells) else []
     if not known:
         return []
-    fixed = ["constraint", "loss", *(["setting"] if (cells["setting"] != "").any() else []), "seeds"]
+    fixed = ["constraint", "loss", *(["setting"] if (cells["setting"] != "").any() else [])]
     several = ["searches", "spread"] if (cells["searches"] > 1).any() else []
     columns = [*fixed, *known, *several]
     rows = []
     for row in cells.to_dict("records"):
-        numbers = [short(row[name], row[f"{name}_se"]) for name in known]
-        words = [str(row[name]) + ONE * (name == "seeds" and row["identical"]) for name in fixed]
-        rows.append([*words, *numbers, *(short(row[name]) for name in several)])
+        numbers = [short(*written(row, name)) + ONE * row["identical"] for name in known]
+        rows.append([*(row[name] for name in fixed), *numbers, *(short(row[name]) for name in several)])
     notes = [SAME] * bool(cells["identical"].any())
     notes += [
         "searches: runs that differ in restart or optimizer; the lowest training objective counts. "
@@ -153,6 +142,11 @@ def everything(runs: pd.DataFrame, labelled: pd.DataFrame) -> Table:
     return Table("", [*fixed, *(name.replace("_", " ") for name in shown), "command"], rows, folded=len(rows) > MANY)
 
 
+def written(row: Mapping[str, Any], name: str) -> tuple[Any, Any, Any]:
+    """Mean, half an interval and n of a column of the cells."""
+    return row[name], row[f"{name}_half"], row[f"{name}_n"]
+
+
 def _pivot(part: pd.DataFrame, cells: Mapping[Any, str]) -> tuple[list[str], list[list[str]]]:
     """Head and rows, constraint (and setting, where one varies) by loss."""
     losses, keys = list(dict.fromkeys(part["loss"])), ["constraint", "setting"]
@@ -167,23 +161,22 @@ def _where(row: Mapping[str, Any]) -> str:
 
 
 def _gap(row: Mapping[str, Any]) -> str:
-    over = f"{row['gaps']} {_plural('seed', row['gaps'])}"
-    return f"{number(row['gap'], row['gap_se'])} ({row['loss']} under {_where(row)}, {over})"
+    return f"{number(*written(row, 'gap'))}, {row['loss']} under {_where(row)}"
 
 
 def _against_zero(known: pd.DataFrame) -> list[str]:
     """Which gaps cannot be told from zero, and which lie below it."""
-    repeated = known[known["gap_se"].notna()]
+    repeated = known[known["gap_half"].notna()]
     said = []
     if len(repeated):
-        near = repeated[repeated["gap"].abs() <= 2 * repeated["gap_se"]]
+        near = repeated[repeated["gap"].abs() <= repeated["gap_half"]]
         listed = _listed(f"{r['loss']} under {_where(r)}" for r in near.to_dict("records"))
-        said.append(f"The gap is within two standard errors of zero in {len(near)} of {len(repeated)} cells{listed}.")
-    below = known[known["gap"] < -2 * known["gap_se"].fillna(0.0) - SLACK]
+        said.append(f"The 95% interval of the gap holds zero in {len(near)} of {len(repeated)} cells{listed}.")
+    below = known[known["gap"] < -known["gap_half"].fillna(0.0) - SLACK]
     if len(below):
         listed = _listed(f"{r['loss']} under {_where(r)}" for r in below.to_dict("records"))
         said.append(
-            f"It is negative, by over {SLACK} beside two standard errors, in {len(below)}{listed}: there RLHF's run is "
+            f"It is negative, by over {SLACK} beside its interval, in {len(below)}{listed}: there RLHF's run is "
             "no ceiling. Its search ended too early or in a local optimum (give it restarts, steps, learning rates), "
             "or the constraint is no set of policies (dropout), or J is that of prompts which training has not seen."
         )
@@ -193,11 +186,6 @@ def _against_zero(known: pd.DataFrame) -> list[str]:
 def _listed(items: Iterable[str]) -> str:
     found = list(items)
     return f" ({', '.join(found[:5])}{', ...' if len(found) > 5 else ''})" if found else ""
-
-
-def _seeds(counts: Iterable[Any]) -> str:
-    found = sorted({int(count) for count in counts if not math.isnan(count)})
-    return f"{found[0]} {_plural('seed', found[0])}" if len(found) == 1 else f"{found[0]} to {found[-1]} seeds"
 
 
 def _plural(word: str, count: int) -> str:
