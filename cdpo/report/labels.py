@@ -50,6 +50,7 @@ def label(runs: pd.DataFrame) -> Labelled:
     for i, column in enumerate(("family", "level_name", "level")):
         frame[column] = [level[i] for level in levels]
     frame["is_ceiling"] = [_is_ceiling(row) for row in words.to_dict("records")]
+    frame["is_ceiling"] = frame["is_ceiling"].astype(bool)  # without rows too
     frame["seeds"], frame["problem"] = _joined(words, _seeds(words)), _joined(words, _problem(words))
     strengths = tuple(f".{name}.strength" for name in PENALTIES)
     frame["pool"] = _joined(words, [column for column in _problem(words) if not column.endswith(strengths)])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cdpo.report.gap import MEASURES, SLACK
-from cdpo.report.intervals import counted, number, short
+from cdpo.report.findings import where
+from cdpo.report.gap import MEASURES
+from cdpo.report.intervals import NO_NUMBER, counted, number, short
 from cdpo.report.labels import text
+from cdpo.report.marks import ATTAINED, EXPLAINED, HARD, NONE, OVER, SEARCHED, SUPREMUM, is_over, legend, marked
 from cdpo.report.runs import DONE, METRIC
 
 if TYPE_CHECKING:
@@ -24,7 +26,24 @@ EQUAL_NORM = (
 )
 ONE = "‡"  # one number, however many seeds
 SAME = f"{ONE} the seeds changed nothing: all runs have the same numbers, and count as one."
+OVER_BUDGET = f"{OVER}: {EXPLAINED[OVER]}."
+CERTIFICATES = (
+    "The solver's error, apart from the spread over seeds: that of the worst seed. residual: relative, 0 is "
+    "stationary. bound: proven, of the objective. starts, hits: searches made, and the share that found the best. "
+    "within ε: what all solutions attain whose objective is within ε of the best. supremum: the norm, where the best "
+    "lies at infinity."
+)
+SEARCHES = "searches: runs that differ in restart or optimizer; one that is certified counts, else the best."
 MANY = 30  # rows; a longer table is folded
+
+
+class Cell(str):
+    """Text of a cell with its `kind`, which has a colour, what stands `below` it, and what a pointer on it tells."""
+
+    def __new__(cls, text: str, kind: str = "", below: str = "", hover: str = "") -> Cell:
+        cell = super().__new__(cls, text)
+        cell.kind, cell.below, cell.hover = kind, below, hover  # type: ignore[attr-defined]
+        return cell
 
 
 @dataclass(frozen=True)
@@ -58,45 +77,42 @@ def summary(runs: pd.DataFrame, cells: pd.DataFrame, settings: Sequence[str]) ->
     return said + (f" Means are never taken over different {', '.join(settings)}." if settings else "")
 
 
-def findings(cells: pd.DataFrame) -> list[str]:
-    """Two or three sentences about the gaps, or what is missing for there to be any."""
-    if cells.empty:
-        return ["No run has finished yet, so there is nothing to compare."]
-    if not cells["attained"].notna().any():
-        return [
-            "No run has objective/attained: J needs data with rewards (dataset=bandit, ultrafeedback, or scored rows)."
-        ]
-    known = cells[cells["gap"].notna()]
-    if not cells["is_ceiling"].any():
-        return ["No gap without its ceiling: add loss=rlhf, under the same constraints and seeds, to the sweep."]
-    if known.empty:
-        return [
-            "Nothing to compare with loss=rlhf: add other losses, under the same constraints and seeds, to the sweep."
-        ]
-    said = f"The largest gap is {_gap(known.loc[known['gap'].idxmax()])}"
-    said += f"; the smallest is {_gap(known.loc[known['gap'].idxmin()])}." if len(known) > 1 else "."
-    return [said, *_against_zero(known)]
-
-
 def gaps(cells: pd.DataFrame) -> Table:
-    """The gap of every loss under every constraint."""
+    """The gap of every loss under every constraint, marked."""
     others, remarks = cells[~cells["is_ceiling"]], dict[str, int]()
     shown = {}
     for i, row in others.iterrows():
-        mark = AT_NORM * bool(row["at_norm"] and row["gap_n"]) + ONE * bool(row["identical"] and row["gap_n"] == 1)
-        n = row["gap_n"] if row["identical"] or row["gap_n"] == row["seeds"] else f"{row['gap_n']} of {row['seeds']}"
-        remark = f"{row['loss']}, {_where(row)}: {row['note']}" if row["note"] else ""
-        place = f" [{remarks.setdefault(remark, len(remarks) + 1)}]" if remark else ""
-        shown[i] = f"{number(row['gap'], row['gap_half'], n)}{mark}{place}"
-    notes = [EQUAL_NORM] if others["at_norm"].any() else []
-    notes += [SAME] if any(ONE in cell for cell in shown.values()) else []
-    return Table("", *_pivot(others, shown), notes, list(remarks))
+        said = [f"{row['loss']}, {where(row)}: {row['note']}"] if row["note"] else []
+        places = [remarks.setdefault(one, len(remarks) + 1) for one in [*said, *row["trouble"].splitlines()]]
+        text = _gap(row) + "".join(f" [{place}]" for place in places)
+        shown[i] = Cell(text, row["mark"], _searches(row), row["says"])
+    notes = [EQUAL_NORM] * bool(others["at_norm"].any()) + [SAME] * any(ONE in cell for cell in shown.values())
+    return Table("", *_pivot(others, shown), [*notes, *legend(shown.values())], list(remarks))
+
+
+def certificates(cells: pd.DataFrame) -> list[Table]:
+    """How every number was found: what its certificate says, and the solver's error, apart from the spread of seeds."""
+    if not (cells["own_mark"] != NONE).any():
+        return []
+    fixed = ["constraint", "loss", *(["setting"] if (cells["setting"] != "").any() else [])]
+    columns = ["residual", "tolerance", "bound", "own_starts", "own_hits", "attained", "within ε", "supremum"]
+    rows = []
+    for row in cells.to_dict("records"):
+        status = Cell(row["own_word"] or row["own_mark"].replace("_", " "), row["own_mark"], hover=row["says"])
+        found = [short(row[name]) for name in columns[:5]] + [number(row["attained"])]
+        rows.append([*(row[name] for name in fixed), status, *found, _range(row, "attained"), short(row["supremum"])])
+    columns = [name.removeprefix("own_") for name in columns]
+    return [Table("Certificates", [*fixed, "certificate", *columns], rows, [CERTIFICATES], folded=len(rows) > MANY)]
 
 
 def attained(cells: pd.DataFrame) -> Table:
-    """What every loss attains under every constraint, RLHF among them."""
-    shown = {i: number(*written(r, "attained")) + ONE * r["identical"] for i, r in cells.iterrows()}
-    return Table("", *_pivot(cells, shown), [SAME] if cells["identical"].any() else [])
+    """What every loss attains under every constraint, RLHF among them, marked."""
+    shown = {}
+    for i, row in cells.iterrows():
+        written_as = marked(number(*written(row, "attained")), row["own_mark"], row["own_sign"], row["own_word"])
+        shown[i] = Cell(written_as + ONE * row["identical"], row["own_mark"], hover=row["says"])
+    notes = [SAME] if cells["identical"].any() else []
+    return Table("", *_pivot(cells, shown), [*notes, *legend(shown.values(), ATTAINED)])
 
 
 def quality(cells: pd.DataFrame) -> list[Table]:
@@ -105,18 +121,16 @@ def quality(cells: pd.DataFrame) -> list[Table]:
     if not known:
         return []
     fixed = ["constraint", "loss", *(["setting"] if (cells["setting"] != "").any() else [])]
-    several = ["searches", "spread"] if (cells["searches"] > 1).any() else []
-    columns = [*fixed, *known, *several]
+    several = ["searches"] if (cells["searches"] > 1).any() else []
     rows = []
     for row in cells.to_dict("records"):
         numbers = [short(*written(row, name)) + ONE * row["identical"] for name in known]
+        numbers = [_over(text, name == "kl" and row["over"] > 0) for name, text in zip(known, numbers)]
         rows.append([*(row[name] for name in fixed), *numbers, *(short(row[name]) for name in several)])
-    notes = [SAME] * bool(cells["identical"].any())
-    notes += [
-        "searches: runs that differ in restart or optimizer; the lowest training objective counts. "
-        "spread: the largest difference between what searches of one seed attained."
-    ] * bool(several)
-    return [Table("", [c.replace("_", " ") for c in columns], rows, notes, folded=len(rows) > MANY)]
+    notes = [SAME] * bool(cells["identical"].any()) + [OVER_BUDGET] * bool(cells["over"].any())
+    notes += [SEARCHES] * bool(several)
+    columns = [name.replace("_", " ") for name in (*fixed, *known, *several)]
+    return [Table("", columns, rows, notes, folded=len(rows) > MANY)]
 
 
 def unfinished(runs: pd.DataFrame) -> list[Table]:
@@ -136,10 +150,16 @@ def everything(runs: pd.DataFrame, labelled: pd.DataFrame) -> Table:
     fixed = ["directory", "state", "step", "loss", "constraint", "setting", "seed", "restart"]
     fixed = [name for name in fixed if any(map(text, whole[name]))]
     rows = [
-        [*(text(row[name]) for name in fixed), *(short(row[column]) for column in shown.values()), text(row["command"])]
+        [
+            *(text(row[name]) for name in fixed),
+            *(_over(short(row[column]), name == "kl" and is_over(row)) for name, column in shown.items()),
+            text(row["command"]),
+        ]
         for row in whole.to_dict("records")
     ]
-    return Table("", [*fixed, *(name.replace("_", " ") for name in shown), "command"], rows, folded=len(rows) > MANY)
+    columns = [*fixed, *(name.replace("_", " ") for name in shown), "command"]
+    notes = [OVER_BUDGET] if any(OVER in cell for row in rows for cell in row) else []
+    return Table("", columns, rows, notes, folded=len(rows) > MANY)
 
 
 def written(row: Mapping[str, Any], name: str) -> tuple[Any, Any, Any]:
@@ -161,31 +181,32 @@ def _where(row: Mapping[str, Any]) -> str:
 
 
 def _gap(row: Mapping[str, Any]) -> str:
-    return f"{number(*written(row, 'gap'))}, {row['loss']} under {_where(row)}"
+    """A gap as its cell shows it, with all its signs."""
+    n = row["gap_n"] if row["identical"] or row["gap_n"] == row["seeds"] else f"{row['gap_n']} of {row['seeds']}"
+    text = marked(number(row["gap"], row["gap_half"], n), row["mark"], row["sign"], row["word"])
+    if not row["gap_n"]:
+        return text
+    signs = {AT_NORM: row["at_norm"], ONE: row["identical"] and row["gap_n"] == 1, HARD: row["hard"]}
+    signs[SUPREMUM] = row["supremum"] == row["supremum"]
+    return text + "".join(sign for sign, holds in signs.items() if holds)
 
 
-def _against_zero(known: pd.DataFrame) -> list[str]:
-    """Which gaps cannot be told from zero, and which lie below it."""
-    repeated = known[known["gap_half"].notna()]
-    said = []
-    if len(repeated):
-        near = repeated[repeated["gap"].abs() <= repeated["gap_half"]]
-        listed = _listed(f"{r['loss']} under {_where(r)}" for r in near.to_dict("records"))
-        said.append(f"The 95% interval of the gap holds zero in {len(near)} of {len(repeated)} cells{listed}.")
-    below = known[known["gap"] < -known["gap_half"].fillna(0.0) - SLACK]
-    if len(below):
-        listed = _listed(f"{r['loss']} under {_where(r)}" for r in below.to_dict("records"))
-        said.append(
-            f"It is negative, by over {SLACK} beside its interval, in {len(below)}{listed}: there RLHF's run is "
-            "no ceiling. Its search ended too early or in a local optimum (give it restarts, steps, learning rates), "
-            "or the constraint is no set of policies (dropout), or J is that of prompts which training has not seen."
-        )
-    return said
+def _over(text: str, over: bool) -> str:
+    """A KL, with its mark where it is above a budget."""
+    return Cell(f"{text} {OVER}", "over") if over else text
 
 
-def _listed(items: Iterable[str]) -> str:
-    found = list(items)
-    return f" ({', '.join(found[:5])}{', ...' if len(found) > 5 else ''})" if found else ""
+def _searches(row: Mapping[str, Any]) -> str:
+    """`64 starts, 5 % hit, 0.120 to 0.210`: how a gap was searched for, and its range; "" for any other."""
+    if row["mark"] != SEARCHED:
+        return ""
+    starts = f"{row['starts']:.0f} starts, {row['hits']:.0%} hit" if row["starts"] == row["starts"] else ""
+    return ", ".join(part for part in (starts, _range(row, "gap")) if part not in ("", NO_NUMBER))
+
+
+def _range(row: Mapping[str, Any], name: str) -> str:
+    low, high = number(row[f"{name}_low"]), number(row[f"{name}_high"])
+    return NO_NUMBER if NO_NUMBER in (low, high) else f"{low} to {high}"
 
 
 def _plural(word: str, count: int) -> str:

@@ -77,7 +77,7 @@ def test_the_search_with_the_lowest_objective_counts():
     rows = [run("dpo", a, m_objective=o, restart=i) for i, (o, a) in enumerate([(3.0, 0.9), (1.0, 0.5), (2.0, 0.6)])]
     dpo = cells(run("rlhf", 1.0), *rows)["dpo", "none"]
     assert (dpo["attained"], dpo["gap"], dpo["searches"]) == (0.5, 0.5, 3)
-    assert dpo["spread"] == pytest.approx(0.4)
+    assert math.isnan(dpo["attained_low"])  # no run says what epsilon is
 
 
 def test_optimizers_are_searches_and_a_search_without_objective_is_last():

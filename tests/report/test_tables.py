@@ -6,6 +6,7 @@ import pandas as pd
 from table_of_runs import cells, run
 
 from cdpo.report import tables
+from cdpo.report.findings import findings
 
 
 def test_seeds_that_change_nothing_are_no_repetitions():
@@ -26,5 +27,5 @@ def test_seeds_that_change_nothing_are_no_repetitions():
 
 def test_negative_gaps_are_told_beyond_what_searches_differ_by():
     found = cells(run("rlhf", 0.5), run("dpo", 0.5009), run("ipo", 0.5011))
-    said = tables.findings(pd.DataFrame(found.values()))
+    said = findings(pd.DataFrame(found.values()))
     assert [line for line in said if "negative, by over 0.001" in line and "(ipo under none)" in line] == said[1:]

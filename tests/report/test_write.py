@@ -52,7 +52,7 @@ def test_the_gap_is_that_of_the_runs(made):
     assert table.loc[("dpo", "lora_r1"), "gap_n"] == 2
     assert table.loc[("dpo", "l2_to_start"), "gap"] == pytest.approx(0.27)  # the same norm
     page = Page((made / "report.html").read_text())
-    assert "The largest gap is 0.360 ± 0.000 (2), gaussian_power under " in page.text
+    assert "the largest is 0.360 ± 0.000 (2), gaussian_power under " in page.text
     assert "0.270 ± 0.000 (2)†" in page.text
     assert "| lora_r4 | 0.270 ± 0.000 (2) | 0.360 ± 0.000 (2) |" in (made / "report.md").read_text()
 
