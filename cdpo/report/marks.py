@@ -80,7 +80,7 @@ def with_marks(found: pd.DataFrame) -> pd.DataFrame:
     solved = found["status"].isin(GAPS) & (found["ceiling_status"] == SEARCHED) & ~found["is_ceiling"]
     beaten = found[solved & (found["gap"] < -SLACK)]
     better = beaten[~beaten["at_norm"]].sort_values("gap").drop_duplicates("problem").set_index("problem")
-    ceilings = found[found["is_ceiling"]].drop_duplicates("problem").set_index("problem")
+    ceilings = found[found["is_ceiling"]].drop_duplicates("pool").set_index("pool")
     rows = found.to_dict("records")
     for index, row in zip(found.index, rows):
         row["mark"], row["sign"] = worst([row["status"], row["ceiling_status"]]), _sign(row)
@@ -88,7 +88,7 @@ def with_marks(found: pd.DataFrame) -> pd.DataFrame:
             row["mark"], row["sign"] = NOT_REACHED, ""
             row["status"] = NOT_REACHED if row["is_ceiling"] else row["status"]
             winner = row if index in beaten.index else better.loc[row["problem"]]
-            row["ceiling_trouble"] = _beaten(ceilings.loc[row["problem"]], winner)
+            row["ceiling_trouble"] = _beaten(ceilings.loc[row["pool"]], winner)
     kept = ("mark", "sign", "status", "ceiling_trouble")
     return found.assign(**{name: [row[name] for row in rows] for name in kept})
 
@@ -163,7 +163,10 @@ def _trouble(row: Mapping[str, Any]) -> str:
     if _status(row) != NOT_REACHED:
         return ""
     residual, tolerance = (_number(row, f"certificate/{name}") for name in ("residual", "tolerance"))
-    return f"{_named(row)}: residual {residual:.2g}, held against {tolerance:.2g}. {_text(row, 'says')}{_mend(row)}"
+    left = _number(row, "certificate/infeasibility")
+    outside = f", outside by {left:.2g}" if left > 0 else ""
+    said = f"residual {residual:.2g}, held against {tolerance:.2g}{outside}. {_text(row, 'says')}"
+    return f"{_named(row)}: {said}{_mend(row)}"
 
 
 def _beaten(ceiling: Mapping[str, Any], winner: Mapping[str, Any]) -> str:

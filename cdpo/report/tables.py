@@ -33,6 +33,7 @@ CERTIFICATES = (
     "within ε: what all solutions attain whose objective is within ε of the best. supremum: the norm, where the best "
     "lies at infinity."
 )
+BELOW = "Below a gap that was searched for: starts, the share that found the best, and the gap's range within ε of it."
 SEARCHES = "searches: runs that differ in restart or optimizer; one that is certified counts, else the best."
 MANY = 30  # rows; a longer table is folded
 
@@ -40,9 +41,13 @@ MANY = 30  # rows; a longer table is folded
 class Cell(str):
     """Text of a cell with its `kind`, which has a colour, what stands `below` it, and what a pointer on it tells."""
 
+    kind: str
+    below: str
+    hover: str
+
     def __new__(cls, text: str, kind: str = "", below: str = "", hover: str = "") -> Cell:
         cell = super().__new__(cls, text)
-        cell.kind, cell.below, cell.hover = kind, below, hover  # type: ignore[attr-defined]
+        cell.kind, cell.below, cell.hover = kind, below, hover
         return cell
 
 
@@ -87,6 +92,7 @@ def gaps(cells: pd.DataFrame) -> Table:
         text = _gap(row) + "".join(f" [{place}]" for place in places)
         shown[i] = Cell(text, row["mark"], _searches(row), row["says"])
     notes = [EQUAL_NORM] * bool(others["at_norm"].any()) + [SAME] * any(ONE in cell for cell in shown.values())
+    notes += [BELOW] * any(cell.below for cell in shown.values())
     return Table("", *_pivot(others, shown), [*notes, *legend(shown.values())], list(remarks))
 
 

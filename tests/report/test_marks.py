@@ -52,7 +52,8 @@ def test_both_pages_mark_every_cell(pages):
     assert f'<td class="none" title="Early stopping is no set of policies: this is a path.">path {same}</td>' in page
     for text in (Page(page).text, (pages / "report.md").read_text()):
         assert "Mend it: cdpo-train loss=dpo constraint=l2_ball seed=0 optimizer=exact" in text
-        assert "residual 0.74, held against 1e-06" in text
+        assert "residual 0.74, held against 1e-06, outside by 0.05. Its KL is over the budget. Mend it: " in text
+        assert "residual 0.74, held against 1e-06. It stopped too early. Mend it: " in text
         assert "hard labels: DPO has no finite optimum" in text
 
 
@@ -147,6 +148,17 @@ def test_of_a_curve_over_norms_every_run_counts():
     assert gap_cell(*rows) == "0.200 (1)†"
     rows[1]["certificate.status"] = "not_reached"
     assert gap_cell(*rows) == "as trained 0.200 (1)† [1]"
+
+
+def test_a_curve_that_is_beaten_at_one_norm_was_not_reached_there():
+    rows = [run("rlhf", a, "l2_to_start", c_status="searched", m_change__norm=n, constraint__l2_to_start__strength=s)
+            for s, n, a in ((0.1, 10.0, 0.8), (1.0, 5.0, 0.4))]  # fmt: skip
+    rows += [run(loss, a, "l2_to_start", m_change__norm=5.0, constraint__l2_to_start__strength=0.5) for loss, a in
+             (("dpo", 0.6), ("ipo", 0.1))]  # fmt: skip
+    found = cells(*rows)
+    assert [found[loss, "l2_to_start (strength 0.5)"]["mark"] for loss in ("dpo", "ipo")] == ["not_reached", "searched"]
+    assert "dpo attains 0.200 more" in found["dpo", "l2_to_start (strength 0.5)"]["trouble"]
+    assert found["rlhf", "l2_to_start (strength 1)"]["own_mark"] == "searched"
 
 
 def test_the_command_that_mends_has_no_word_twice():

@@ -64,9 +64,7 @@ def tasks(*overrides: str, constraints=("none",), seeds=(0, 1)) -> list[Task]:
 
 
 def test_a_sweep_whose_seeds_all_change_nothing_is_refused():
-    with pytest.raises(
-        ConfigError, match=r"^seed=0,1 changes nothing .* constraint=none: "
-    ):
+    with pytest.raises(ConfigError, match=r"^seed=0,1 changes nothing .* constraint=none: "):
         check(tasks())
 
 
