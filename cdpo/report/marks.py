@@ -138,7 +138,7 @@ def mended(command: str, words: str) -> str:
 
 def marked(number: str, mark: str, sign: str, word: str) -> str:
     """A number as a table writes it: `0.1`, `≥ 0.1`, `as trained 0.1`, `path 0.1`."""
-    before = {CERTIFIED: "", SEARCHED: sign, NOT_REACHED: AS_TRAINED, NONE: word}.get(mark, "")
+    before = {CERTIFIED: sign, SEARCHED: sign, NOT_REACHED: AS_TRAINED, NONE: word}.get(mark, "")
     return f"{before} {number}".lstrip()
 
 
@@ -185,7 +185,7 @@ def _mend(row: Mapping[str, Any]) -> str:
 
 
 def _sign(row: Mapping[str, Any]) -> str:
-    """In which direction a gap that was searched for may be wrong."""
+    """In which direction a gap may be wrong: searched for, or that of the best of a loss's solutions by J."""
     if worst([row["status"], row["ceiling_status"]]) not in GAPS:
         return ""
     if row["is_ceiling"] or row["status"] == CERTIFIED:
@@ -194,9 +194,10 @@ def _sign(row: Mapping[str, Any]) -> str:
 
 
 def _own_sign(group: pd.DataFrame) -> str:
-    if group["is_ceiling"].all():
-        return AT_LEAST
-    return AT_MOST if group["by_J"].any() else ABOUT
+    if group["by_J"].any():
+        return AT_MOST
+    searched = (group["status"] == SEARCHED).any()
+    return (AT_LEAST if group["is_ceiling"].all() else ABOUT) * bool(searched)
 
 
 def _first(texts: Iterable[str]) -> str:

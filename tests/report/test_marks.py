@@ -177,6 +177,9 @@ def test_a_loss_whose_value_ranks_nothing_is_ranked_by_j():
     found = cells(run("rlhf", 0.9), *rows)["dpo", "none"]
     assert (found["attained"], found["searches"]) == (0.6, 3)
     assert gap_cell(run("rlhf", 0.9), *rows) == "≥ 0.300 (1)"
+    for row in rows:
+        row["certificate.status"] = "certified"  # stationary for sure, and still the best of several
+    assert gap_cell(run("rlhf", 0.9), *rows) == "≥ 0.300 (1)"
     table = tables.attained(pd.DataFrame(cells(run("rlhf", 0.9), *rows).values()))
     assert [str(cell) for cell in table.rows[0][1:]] == ["0.900 (1)", "≤ 0.600 (1)"]
 
