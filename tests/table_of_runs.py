@@ -12,14 +12,16 @@ COUNTER = iter(range(10_000))
 
 
 def run(loss, attained=None, constraint="none", seed=0, state="finished", **more):
-    """A row of the table of runs. Keywords: config keys with __ for the dot, metrics with a leading m_."""
+    """A row of the table of runs. Keywords: config keys with __ for the dot, metrics with a leading m_, the words
+    of its certificate with c_."""
     row = {"directory": f"run{next(COUNTER):04d}", "state": state, "model": "tabular", "dataset": "bandit"}
     row |= {"loss": loss, "optimizer": "adamw", "constraint": constraint, "seed": seed, "restart": 0}
     row |= {"config.seed": seed, "config.beta": 1.0, "metric/objective/attained": attained, "metric/objective": 0.0}
+    row |= {"certificate.status": "certified", "command": f"cdpo-train loss={loss} seed={seed}"}
     if loss == "rlhf":
         row |= {"config.loss._target_": RLHF, "config.loss.rewards": "data", "config.loss.beta": 1.0}
     for key, value in more.items():
-        prefix, name = ("metric/", key[2:]) if key.startswith("m_") else ("config.", key)
+        prefix, name = {"m_": ("metric/", key[2:]), "c_": ("certificate.", key[2:])}.get(key[:2], ("config.", key))
         row[prefix + name.replace("__", "." if prefix == "config." else "/")] = value
     return row
 

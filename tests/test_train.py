@@ -16,6 +16,7 @@ from cdpo import train
 from cdpo.config.build import CONF
 
 QUICK = ["logger=none", "model=tabular", "trainer.max_steps=3", "dataset.prompts=3", "dataset.alphabet=3"]
+WORLDS = ["seed=0,1", "dataset.world_seed=${seed}"]
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def test_remote_code_cannot_be_trusted_by_a_file(cdpo_train, tmp_path):
 
 
 def test_a_sweep_goes_on_after_a_failure_and_the_exit_code_tells(sweep, tmp_path):
-    code, text = sweep("loss=dpo,ipo", "optimizer=sgd", "optimizer.learning_rate=1e-3,1e300", "seed=0,1")
+    code, text = sweep("loss=dpo,ipo", "optimizer=sgd", "optimizer.learning_rate=1e-3,1e300", *WORLDS)
     assert code == 1
     states = [json.loads(path.read_text())["state"] for path in sorted((tmp_path / "out").glob("*/status.json"))]
     assert sorted(states) == ["failed"] * 4 + ["finished"] * 4
@@ -153,7 +154,7 @@ def test_a_sweep_twice_trains_nothing_twice(sweep, tmp_path):
 
 
 def test_a_swept_name_makes_sweeps_of_their_own(sweep, tmp_path):
-    code, text = sweep("name=a,b", "seed=0,1")
+    code, text = sweep("name=a,b", *WORLDS)
     assert code == 0
     for name in ("a", "b"):
         assert f"report: {tmp_path}/out/{name}/report.html" in text

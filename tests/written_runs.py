@@ -12,6 +12,16 @@ FAMILIES = {
     "lora_r4": ("lora.LoRA", {"rank": 4}),
     "l2_to_start": ("l2_to_start.L2ToStart", {"strength": 1.0}),
 }
+OTHERS = {
+    "l2_ball": ("l2_ball.L2Ball", {"radius": 2.0}),
+    "early_stop": ("early_stop.EarlyStop", {"step": 3}),
+    "kl_budget": ("kl_budget.KLBudget", {"budget": 0.15}),
+}
+CERTIFIED = {"status": "certified", "says": "It is the optimum.", "mend": "", "residual": 1e-9, "tolerance": 1e-6}
+SEARCHED = {"status": "searched", "says": "It is the best of 64 starts.", "mend": "optimizer.starts=256"}
+SEARCHED |= {"residual": 1e-8, "tolerance": 1e-6, "starts": 64, "hits": 0.05, "epsilon": 1e-3, "ranked_by": "objective"}
+NOT_REACHED = {"status": "not_reached", "says": "It stopped too early.", "mend": "optimizer=exact"}
+NOT_REACHED |= {"residual": 0.74, "tolerance": 1e-6}
 
 
 def write_run(folder: Path, loss="dpo", constraint="none", seed=0, rewards=True, **config) -> Path:
@@ -24,6 +34,7 @@ def write_run(folder: Path, loss="dpo", constraint="none", seed=0, rewards=True,
     rows = [row for step in range(5) for row in measured(step, last * step / 4, constraint, rewards)]
     metrics = rows[-1] | {"objective": 1.0}
     summary = {"state": "finished", "stopped": None, "step": 4, "steps": 4, "change/norm": 5.0, "metrics": metrics}
+    summary["certificate"] = CERTIFIED
     for name, tree in {
         "config": made,
         "choices": choices | {"constraint": list(made["constraint"])},
@@ -40,7 +51,7 @@ def write_run(folder: Path, loss="dpo", constraint="none", seed=0, rewards=True,
 
 
 def composed(loss, constraint, seed):
-    target, values = FAMILIES.get(constraint, ("", {}))
+    target, values = (FAMILIES | OTHERS).get(constraint, ("", {}))
     power = {"penalty": "power", "power": 0.5} if loss == "gaussian_power" else {}
     true = {"rewards": "data"} if loss == "rlhf" else {}
     return {

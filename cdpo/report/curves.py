@@ -6,7 +6,7 @@ Made from the histories of the runs that a report keeps; where none went through
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from cdpo.report.figures import Study
+from cdpo.report.intervals import counted, interval
 from cdpo.report.labels import CONSTRAINT, LOSS, text, titled
 from cdpo.report.plotting import FAINT, Drawing, Panels, line, looks, panels
 from cdpo.report.runs import CONFIG, histograms, history
@@ -55,7 +56,8 @@ def path(study: Study) -> Drawing | None:
     figure.labels("KL to the reference (nats per prompt)", "attained")
     figure.legend()
     caption = (
-        "The path of training: attained against KL, from the reference (0, 0) on; means over seeds at each evaluation."
+        f"The path of training: attained against KL, from the reference (0, 0) on; means over {study.seeds()} at each "
+        "evaluation."
     )
     return figure.drawing("path", caption, f"A line per loss in {len(figure.axes)} panels, one per constraint.")
 
@@ -77,8 +79,8 @@ def distributions(study: Study) -> Drawing | None:
                 _densities(axes, study, {loss: runs for (title, loss), runs in tables.items() if title == group}, view)
     figure.legend()
     caption = (
-        "Densities over held-out pairs at the end, means over seeds. γ: signal variance, λ: noise variance of the "
-        "reference; γ < λ where the policy prefers the chosen response more than the reference does."
+        f"Densities over held-out pairs at the end, means over {study.seeds()}. γ: signal variance, λ: noise variance "
+        "of the reference; γ < λ where the policy prefers the chosen response more than the reference does."
     )
     return figure.drawing(
         "distributions", caption, f"Histograms of {len(shown)} quantities for {len(groups)} constraints."
@@ -151,19 +153,19 @@ def _over_steps(study: Study, table: list[dict[str, Any]], metric: str, label: s
             line(figure.axes[title], thinned, study.looks()[loss], loss, band=True)
     figure.labels("step", label)
     figure.legend()
-    name = f"training-{label.replace(' ', '-')}"
-    return figure.drawing(name, f"{caption}: means, bands are standard errors over seeds.", f"{len(known)} runs.")
+    over = counted(Counter((run["loss"], run["title"]) for run in known).values())
+    said = f"{caption}: means, bands are 95% t intervals over {over}."
+    return figure.drawing(f"training-{label.replace(' ', '-')}", said, f"{len(known)} runs.")
 
 
 def _mean_by_step(runs: list[dict[str, Any]], metric: str) -> dict[int, tuple[float, float]]:
-    """Mean and standard error over runs at every step that all of them have reached."""
+    """Mean and half an interval over runs at every step that all of them have reached."""
     values: dict[int, list[float]] = defaultdict(list)
     for run in runs:
         for step, value in dict(run["history"][metric]).items():
             values[step].append(value)
-    whole = {step: np.array(found) for step, found in sorted(values.items()) if len(found) == len(runs)}
-    n = len(runs)
-    return {step: (v.mean(), v.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan) for step, v in whole.items()}
+    whole = {step: interval(found) for step, found in sorted(values.items()) if len(found) == len(runs)}
+    return {step: (found[""], found["_half"]) for step, found in whole.items()}
 
 
 def _densities(axes: Axes, study: Study, runs: Mapping[str, list[dict[str, Any]]], view: str) -> None:

@@ -5,7 +5,6 @@ Each takes a `Study` and returns a `Drawing`, or None where its data does not ex
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,10 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
-from cdpo.report.labels import CONSTRAINT, LOSS, names, number, text, titled
-from cdpo.report.plotting import INK, Drawing, Look, heat, line, looks, panels
+from cdpo.report.intervals import HOW, counted, interval, number, short
+from cdpo.report.labels import CONSTRAINT, LOSS, names, titled
+from cdpo.report.marks import GAPS, NOT_REACHED, marked
+from cdpo.report.plotting import INK, PAPER, Drawing, Look, focus, hatch, heat, hollow, looks, panels
 from cdpo.report.runs import METRIC
 
 QUALITY = {  # column of the cells -> axis; where rewards are known the first, else the others
@@ -33,6 +34,7 @@ TIGHTNESS = {
 }
 OBJECTIVE = ("kl", "expected_reward", "J_reference", "J_optimum", "kl_to_optimum")
 ROWS = 60  # of the heat map
+HOLLOW = " Hollow: not reached, or without a certificate."
 NEAR = 0.01  # nats to the optimum, below which a run is marked as being there
 
 
@@ -54,24 +56,34 @@ class Study:
         """The losses, best first; those of no finished run last."""
         return list(dict.fromkeys([*self.cells["loss"], *self.runs[LOSS]]))
 
+    def seeds(self) -> str:
+        """Over how many seeds the means are taken."""
+        return counted(self.cells["seeds"] if len(self.cells) else [])
+
+    def bars(self) -> str:
+        """What bars and hollow markers say."""
+        found = len(self.cells) and not self.cells["own_mark"].isin(GAPS).all()
+        return f"Bars: 95% t intervals over {self.seeds()}; long ones leave the panel.{HOLLOW * bool(found)}"
+
     def constraints(self) -> list[str]:
         return list(dict.fromkeys([*self.cells["constraint"], *self.runs[CONSTRAINT]]))
 
 
 def gap_map(study: Study) -> Drawing | None:
-    """Constraint by loss, annotated with mean and standard error."""
+    """Constraint by loss, annotated with mean, interval and number of seeds; coloured where it may be called a gap."""
     known = study.cells[~study.cells["is_ceiling"]] if len(study.cells) else study.cells
     if not known.get("gap", pd.Series(dtype=float)).notna().any():
         return None
-    values, texts = _pivots(
-        known.assign(row=[titled(row["constraint"], row["setting"]) for row in known.to_dict("records")]), "gap"
-    )
-    left_out, values, texts = max(len(values) - ROWS, 0), values[:ROWS], texts[:ROWS]
-    width = 0.075 * max(map(len, values.index)) + 0.85 * len(values.columns)
-    figure = panels([""], size=(max(width, 3.2), 0.27 * len(values) + 0.75), left_out=left_out)
-    heat(figure.axes[""], values, texts, low=0.0, high=max(float(known["gap"].max()), 0.05))
-    caption = "Gap to RLHF under the same constraint, as a share of what J can gain: mean ± standard error over seeds."
-    low, high = number(known["gap"].min()), number(known["gap"].max())
+    tables = _pivots(known)
+    left_out, (values, texts, missed) = max(len(tables[0]) - ROWS, 0), (table[:ROWS] for table in tables)
+    width = 0.075 * max(map(len, values.index)) + 1.1 * len(values.columns)
+    figure = panels([""], size=(max(width, 3.2), 0.29 * len(values) + 0.75), left_out=left_out)
+    high = values.max(axis=None)
+    heat(figure.axes[""], values, texts, low=0.0, high=max(high, 0.05) if high == high else 1.0)
+    hatch(figure.axes[""], missed)
+    caption = f"Gap to RLHF under the same constraint, as a share of what J can gain: {HOW}."
+    caption += " Hatched: a solver stopped before the optimum." if missed.any(axis=None) else ""
+    low, high = number(values.min(axis=None)), number(high)
     alt = f"Heat map of {len(values)} constraints by {len(values.columns)} losses, from {low} to {high}."
     return figure.drawing("gap", caption + " –: no run, or nothing to compare with.", alt)
 
@@ -89,32 +101,10 @@ def quality(study: Study) -> Drawing | None:
         _dots(axes, study, name, list(groups))
         axes.set(xlabel=title, title="")
     figure.legend(beside=len(shown) == 1)
-    caption = "Means over seeds, bars are standard errors."
+    caption = f"Means. {study.bars()}"
     if shown == ["attained"]:
         caption = f"Attained of the optimum: 0 is the reference, 1 the optimum without a constraint. {caption}"
     return figure.drawing("quality", caption, "A dot per loss, a row per constraint.")
-
-
-def levels(study: Study) -> Drawing | None:
-    """Attained against how tight a constraint is: a panel per family whose level varies, a line per loss."""
-    if study.cells.empty:
-        return None
-    known = study.cells[study.cells["level"].notna() & study.cells["attained"].notna()]
-    several = known.groupby("family")["level_name"].transform("nunique") > 1
-    kinds = [f"{f} by {n}" if mixed else f for f, n, mixed in zip(known["family"], known["level_name"], several)]
-    panelled = known.assign(title=[titled(kind, setting) for kind, setting in zip(kinds, known["setting"])])
-    varying = panelled.groupby("title")["level"].transform("nunique") > 1
-    parts = {str(title): part for title, part in panelled[varying].groupby("title", sort=False)}
-    if not parts:
-        return None
-    figure = panels(list(parts), sharey=True)
-    for title, axes in figure.items():
-        _lines(axes, study, parts[title], "level", "attained")
-        axes.set(xlabel=parts[title]["level_name"].iloc[0])
-        axes.set(ylabel="attained" if axes is figure.first else "")
-    figure.legend()
-    caption = "Attained against the level of a constraint; bars are standard errors over seeds."
-    return figure.drawing("levels", caption, f"Lines for {known['loss'].nunique()} losses in {len(parts)} panels.")
 
 
 def frontier(study: Study) -> Drawing | None:
@@ -142,12 +132,8 @@ def frontier(study: Study) -> Drawing | None:
         f"A point per run. ☆: within {NEAR:g} nats of the optimum. Dotted: J of the optimum; no policy lies above. "
         "Runs on several worlds are in units of J's possible gain, where height above the diagonal is what is attained."
     )
+    caption += "" if known["status"].isin(GAPS).all() else HOLLOW
     return figure.drawing("frontier", caption, f"Scatter plot of {len(known)} runs, reward gained against KL.")
-
-
-def by_setting(study: Study) -> list[Drawing]:
-    """Attained and gap against every setting with two values or more, such as beta or the number of pairs."""
-    return [drawing for name in study.settings if (drawing := _against(study, name)) is not None]
 
 
 def tightness(study: Study) -> Drawing | None:
@@ -157,7 +143,7 @@ def tightness(study: Study) -> Drawing | None:
     table = pd.DataFrame(rows, columns=["constraint", "loss", "quantity", "value"])
     grids = {}
     for quantity, part in table.groupby("quantity", sort=False):
-        found = part.groupby(["constraint", "loss"], sort=False)["value"].mean().unstack()
+        found = part.groupby(["constraint", "loss"], sort=False)["value"].agg(list).unstack()
         lines = sorted(found.index, key=lambda label: next(i for i, one in enumerate(order) if label.startswith(one)))
         grids[TIGHTNESS[str(quantity)]] = found.reindex(lines, columns=[n for n in study.losses() if n in found])
     if not grids:
@@ -168,19 +154,27 @@ def tightness(study: Study) -> Drawing | None:
     size = (max(width, 3.6), 0.25 * sum(heights) / len(heights))
     figure = panels(list(ordered), columns=1, size=size, height_ratios=heights)
     for title, axes in figure.items():
-        top = float(ordered[title].max().max())
-        heat(axes, ordered[title], ordered[title].map(lambda value: f"{value:.2g}"), low=0.0, high=top or 1.0)
-    caption = "How constraints bind at the end of training, means over seeds. Colours within a panel only."
+        found = ordered[title].map(lambda values: interval(values if isinstance(values, list) else []))
+        means, texts = found.map(lambda one: one[""]), found.map(lambda one: short(*one.values()).replace(" ±", "\n±"))
+        heat(axes, means, texts, low=0.0, high=float(means.max().max()) or 1.0)
+    caption = f"How constraints bind at the end of training: {HOW}. Colours within a panel only."
     return figure.drawing("tightness", caption, f"Heat maps of {len(ordered)} quantities, constraint by loss.")
 
 
-def _pivots(part: pd.DataFrame, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Values and texts of a column of the cells, constraint by loss."""
-    rows, columns = list(dict.fromkeys(part["row"])), [str(n) for n in dict.fromkeys(part["loss"])]
-    texts = [number(v) + (f"\n± {e:.3f}" if e == e else "") for v, e in zip(part[name], part[f"{name}_se"])]
-    tables = [part.assign(_v=v).pivot(index="row", columns="loss", values="_v") for v in (part[name], texts)]
-    values, words = (table.reindex(index=rows, columns=columns) for table in tables)
-    return values.astype(float), words.fillna("")
+def _pivots(part: pd.DataFrame) -> list[pd.DataFrame]:
+    """Gaps (NaN where it may not be called one), texts, and which were not reached; constraint by loss."""
+    rows = [titled(row["constraint"], row["setting"]) for row in part.to_dict("records")]
+    gaps = [number(*one).replace(" ±", "\n±") for one in zip(part["gap"], part["gap_half"], part["gap_n"])]
+    texts = [marked(gap, *marks) for gap, *marks in zip(gaps, part["mark"], part["sign"], part["word"])]
+    columns = {
+        "value": part["gap"].where(part["mark"].isin(GAPS)),
+        "text": texts,
+        "missed": part["mark"] == NOT_REACHED,
+    }
+    order = {"index": list(dict.fromkeys(rows)), "columns": list(dict.fromkeys(part["loss"]))}
+    long = part.assign(row=rows, **columns)
+    tables = [long.pivot(index="row", columns="loss", values=name).reindex(**order) for name in columns]
+    return [tables[0].astype(float), tables[1].fillna(""), tables[2] == True]  # noqa: E712
 
 
 def _dots(axes: Axes, study: Study, name: str, groups: list[str]) -> None:
@@ -188,24 +182,13 @@ def _dots(axes: Axes, study: Study, name: str, groups: list[str]) -> None:
     for i, loss in enumerate(study.losses()):
         part = [row for row in study.cells.to_dict("records") if row["loss"] == loss and row[name] == row[name]]
         y = [groups.index(titled(row["constraint"], row["setting"])) + (i - (n - 1) / 2) * 0.6 / n for row in part]
-        error = [row[f"{name}_se"] if row[f"{name}_se"] == row[f"{name}_se"] else 0.0 for row in part]
+        error = [row[f"{name}_half"] if row[f"{name}_half"] == row[f"{name}_half"] else 0.0 for row in part]
         marks: dict[str, Any] = {"color": styles[loss].color, "marker": styles[loss].marker, "linestyle": "none"}
         axes.errorbar([row[name] for row in part], y, xerr=error, label=loss, elinewidth=0.8, **marks)
+        hollow(axes, [(row[name], at) for row, at in zip(part, y) if row["own_mark"] not in GAPS], styles[loss])
+    focus(axes.set_xlim, study.cells[name], axes.get_xlim())
     axes.set_yticks(range(len(groups)), groups)
     axes.set_ylim(len(groups) - 0.5, -0.5)
-
-
-def _lines(axes: Axes, study: Study, part: pd.DataFrame, x: str, y: str) -> None:
-    styles, levels = study.looks(), sorted(set(part[x]))
-    for loss in [name for name in study.losses() if name in set(part["loss"])]:
-        one = part[(part["loss"] == loss) & part[y].notna()]
-        if len(one):
-            line(axes, list(zip(one[x], one[y], one[f"{y}_se"])), styles[loss], loss)
-    if levels[0] > 0 and levels[-1] >= 5 * levels[0]:
-        axes.set_xscale("log")
-        axes.minorticks_off()
-    if len(levels) <= 8:
-        axes.set_xticks(levels, [f"{level:g}" for level in levels])
 
 
 def _frontier(axes: Axes, part: pd.DataFrame, styles: Mapping[str, Look], shapes: Mapping[str, Look]) -> None:
@@ -215,9 +198,11 @@ def _frontier(axes: Axes, part: pd.DataFrame, styles: Mapping[str, Look], shapes
     worlds = room.round(9).nunique() > 1
     unit, scale = (room, beta / room) if worlds else (1.0, 1.0)
     kl, gain = value["kl"] * scale, (value["expected_reward"] - value["J_reference"]) / unit
-    for (loss, family), i in part.groupby([LOSS, "family"], sort=False).groups.items():
-        marks: dict[str, Any] = {"color": styles[loss].color, "marker": shapes[family].marker, "alpha": 0.8}
-        axes.scatter(kl[i], gain[i], s=22, linewidths=0, **marks)
+    solid = part["status"].isin(GAPS)
+    for (loss, family, full), i in part.groupby([LOSS, "family", solid], sort=False).groups.items():
+        color: dict[str, Any] = {"color": styles[loss].color} if full else {"facecolors": PAPER}
+        marks = color | {"edgecolors": styles[loss].color, "marker": shapes[family].marker, "alpha": 0.8}
+        axes.scatter(kl[i], gain[i], s=22, linewidths=0.0 if full else 0.9, **marks)
     near = value["kl_to_optimum"] < NEAR
     axes.scatter(kl[near], gain[near], marker="*", s=110, facecolors="none", edgecolors=INK, linewidths=0.8)
     axes.scatter([0], [0], s=45, facecolors="none", edgecolors=INK, linewidths=0.8)
@@ -228,42 +213,6 @@ def _frontier(axes: Axes, part: pd.DataFrame, styles: Mapping[str, Look], shapes
     axes.set(ylabel="reward gained / possible gain of J" if worlds else "expected reward over the reference's")
     high = max(float(gain.max()), top + slope * float(kl.max()))
     axes.set(xlim=(-0.05 * kl.max() - 1e-9, None), ylim=(min(-0.06 * high, 1.1 * gain.min()), 1.05 * high))
-
-
-def _against(study: Study, name: str) -> Drawing | None:
-    others = [other for other in study.settings if other != name]
-    cells = study.cells.copy()
-    cells["_panel"] = [titled(row["constraint"], _set_to(row, others)) for row in cells.to_dict("records")]
-    cells = cells[cells[name].map(text).groupby(cells["_panel"]).transform("nunique") > 1]
-    cells["_x"], ticks = _positions(cells[name])
-    shown = [y for y in ("attained", "gap", "accuracy") if cells[y].notna().any()][:2]
-    titles = [f"{y}: {panel}" for panel in dict.fromkeys(cells["_panel"]) for y in shown]
-    if not titles:
-        return None
-    figure = panels(titles, columns=2 if len(shown) == 2 else 3)
-    for title, axes in figure.items():
-        y, _, panel = title.partition(": ")
-        _lines(axes, study, cells[cells["_panel"] == panel], "_x", y)
-        axes.set(xlabel=name)
-        if ticks:
-            axes.set_xticks(range(len(ticks)), ticks)
-    figure.legend()
-    file = re.sub(r"[^A-Za-z0-9]+", "_", name)
-    caption = f"{' and '.join(shown).capitalize()} against {name}; bars are standard errors over seeds."
-    return figure.drawing(f"setting-{file}", caption, f"A line per loss over {cells['_x'].nunique()} values.")
-
-
-def _positions(values: pd.Series) -> tuple[list[float], list[str]]:
-    """Numbers as they are; else positions, with their labels: numbers in order, then words."""
-    words = [text(value) or "none" for value in values]
-    if all(_numeric(word) for word in words):
-        return [float(word) for word in words], []
-    ticks = sorted(set(words), key=lambda word: (not _numeric(word), float(word) if _numeric(word) else 0.0, word))
-    return [float(ticks.index(word)) for word in words], ticks
-
-
-def _numeric(word: str) -> bool:
-    return re.fullmatch(r"-?\d+(\.\d+)?(e[+-]?\d+)?", word) is not None
 
 
 def _bindings(row: Mapping[str, object]) -> list[tuple[str, str, str, float]]:
@@ -277,7 +226,3 @@ def _bindings(row: Mapping[str, object]) -> list[tuple[str, str, str, float]]:
             if isinstance(value, (int, float)) and value == value:
                 found.append((label, str(row[LOSS]), quantity, float(value)))
     return found
-
-
-def _set_to(row: Mapping[str, object], settings: Sequence[str]) -> str:
-    return ", ".join(f"{name} {text(row[name])}" for name in settings if text(row[name]))

@@ -1,8 +1,9 @@
 """The constraint gap, from the table of runs: attained by RLHF less attained by another loss, under one constraint.
 
 gap(loss, C) = attained(argmax of J on C) - attained(argmin of the loss on C), in shares of what J can gain without C.
-Runs of one problem and loss that differ in restart or optimizer are searches for one optimum: the lowest training
-objective counts. Pure functions of the labelled table (`cdpo.report.labels`). After Kong, Hu, He, Wipf (AISTATS 2025).
+Runs of one problem and loss that differ in restart or optimizer are searches for one optimum: a certified one counts,
+else the lowest training objective; where that ranks no solutions, the highest J. Pure functions of the labelled table
+(`cdpo.report.labels`). After Kong, Hu, He, Wipf (AISTATS 2025).
 """
 
 from __future__ import annotations
@@ -11,20 +12,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from cdpo.report.intervals import interval
 from cdpo.report.labels import CONSTRAINT, LOSS, PENALTIES, Labelled, is_null, names, shown
+from cdpo.report.marks import CERTIFIED, SLACK, of_ceiling, of_cell, with_certificates, with_marks
 from cdpo.report.runs import CONFIG, DONE, METRIC
 
 if TYPE_CHECKING:
     import pandas as pd
 
-RESAMPLES = 10_000
 MOMENTUM = f"{CONFIG}optimizer.momentum"
-SLACK = 1e-3  # of what J can gain: searches of one optimum end that far apart
 TOLERANCE = 1e-9  # relative: a norm at the end of a curve is on it
 SIZES = {"weight_decay": "constraint/weight_decay/norm"}  # what a penalty makes small; else the norm of the change
-MEASURES = {  # column of a cell -> metric; means over seeds with standard errors
+MEASURES = {  # column of a cell -> metric
     "attained": "objective/attained",
     "expected_reward": "objective/expected_reward",
     "kl": "eval/kl/candidates",
@@ -36,40 +35,48 @@ MEASURES = {  # column of a cell -> metric; means over seeds with standard error
 
 
 def best(labelled: Labelled) -> pd.DataFrame:
-    """The best search of every problem and loss, by training objective; only runs that went through count.
+    """The best search of every problem and loss; only runs that went through count.
 
-    Adds `searches`, how many there were, and `spread`, how far apart they attained (NaN for one).
+    Adds what its certificate says, `searches`, how many there were, and in attained_low and attained_high the range
+    over all solutions within its epsilon of its objective, those of the other searches among them.
     """
-    runs = labelled.runs[labelled.runs["state"].isin(DONE)].copy()
-    runs["rank"] = [_objective(row) for row in runs.to_dict("records")]
+    runs = with_certificates(labelled.runs[labelled.runs["state"].isin(DONE)])
     runs["attained"], runs["norm"] = _numbers(runs, MEASURES["attained"]), _penalised_norm(runs)
-    groups = runs.sort_values(["rank", "directory"]).groupby(["problem", LOSS], sort=False)
+    runs["rank"], runs["unproven"] = [_rank(row) for row in runs.to_dict("records")], runs["status"] != CERTIFIED
+    runs = runs.sort_values(["unproven", "rank", "directory"])
+    groups = runs.groupby(["problem", LOSS], sort=False)
     found = groups.head(1).set_index(["problem", LOSS], drop=False).rename_axis([None, None])
     found["searches"] = groups.size()
-    found["spread"] = (groups["attained"].max() - groups["attained"].min()).where(groups["attained"].count() > 1)
+    epsilon = groups["epsilon"].transform("first") * ~runs["by_J"]  # it is the objective's
+    alike = runs[runs["rank"] <= groups["rank"].transform("first") + epsilon]
+    ranges = alike.groupby(["problem", LOSS])
+    found["attained_low"] = ranges[["attained", "attained_low"]].min().min(axis=1)
+    found["attained_high"] = ranges[["attained", "attained_high"]].max().max(axis=1)
     return found.sort_values("directory").reset_index(drop=True)
 
 
 def with_gaps(kept: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `best`, with `ceiling`: attained by RLHF on the same problem; `gap`; `at_norm`; and `reason`.
+    """The rows of `best`, with `ceiling`: attained by RLHF on the same problem; `gap`; marks; `at_norm`; and `reason`.
 
     `at_norm`: the constraint is a penalty, and RLHF is read off where it has the norm of the loss's run: at equal norm
     both are optima on one ball. `reason` is why a gap is NaN, else "". RLHF itself has no gap.
     """
-    found = kept.copy()
+    import pandas as pd
+
     ceilings = kept[kept["is_ceiling"] & kept["attained"].notna()]
     pairs = [_ceiling(row, ceilings) for row in kept.to_dict("records")]
-    found["ceiling"], found["reason"] = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    found["at_norm"] = [bool(set(names(constraint)) & set(PENALTIES)) for constraint in kept["constraint"]]
+    columns = ["ceiling", "reason", *of_ceiling(ceilings)]
+    rows = [(attained, reason, *of_ceiling(partners).values()) for attained, reason, partners in pairs]
+    found = kept.join(pd.DataFrame(rows, kept.index, columns))
+    found["at_norm"] = kept["constraint"].map(lambda name: bool(set(names(name)) & set(PENALTIES))).astype(bool)
     found["gap"] = (found["ceiling"] - found["attained"]).where(~found["is_ceiling"])
-    return found
+    return with_marks(found)
 
 
 def cells(found: pd.DataFrame, settings: Sequence[str]) -> pd.DataFrame:
-    """One row per loss, constraint and setting: means over seeds of gap and MEASURES, with standard error and number.
+    """One row per loss, constraint and setting: gap and MEASURES, each as the `interval` of its values over seeds.
 
-    `<name>_se` is NaN for one seed; gap and attained have bootstrap 95% intervals too. `gaps`: how many pairs.
-    `identical`: the runs of all seeds have the same numbers.
+    `identical`: the runs of all seeds have the same numbers, so they count as one.
     """
     import pandas as pd
 
@@ -101,18 +108,6 @@ def at_norm(points: Sequence[tuple[float, float]], norm: float) -> tuple[float, 
     return float(PchipInterpolator(list(known), list(known.values()))(min(max(norm, low), high))), ""
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean, standard error (ddof 1), bootstrap 95% interval (percentiles of fixed draws); NaN for fewer than 2."""
-    sample = np.asarray(values, dtype=float)
-    n = len(sample)
-    if n < 2:
-        return {"": float(sample.mean()) if n else math.nan, "_se": math.nan, "_low": math.nan, "_high": math.nan}
-    means = sample[np.random.default_rng(0).integers(n, size=(RESAMPLES, n))].mean(axis=1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    error = sample.std(ddof=1) / math.sqrt(n)
-    return {"": float(sample.mean()), "_se": float(error), "_low": float(low), "_high": float(high)}
-
-
 def _numbers(frame: pd.DataFrame, metric: str) -> pd.Series:
     """A metric's column as float64; NaN where a run has none."""
     import pandas as pd
@@ -126,6 +121,11 @@ def _penalised_norm(runs: pd.DataFrame) -> pd.Series:
     for name, metric in SIZES.items():
         norms = _numbers(runs, metric).where([name in names(c) for c in runs["constraint"]]).fillna(norms)
     return norms
+
+
+def _rank(row: Mapping[str, Any]) -> float:
+    """What the best of several searches has least of: the objective; -J, where that ranks no solutions."""
+    return -row.get(f"{METRIC}objective/J", math.nan) if row["by_J"] else _objective(row)
 
 
 def _objective(row: Mapping[str, Any]) -> float:
@@ -151,25 +151,29 @@ def _objective(row: Mapping[str, Any]) -> float:
     return value
 
 
-def _ceiling(row: Mapping[str, Any], ceilings: pd.DataFrame) -> tuple[float, str]:
-    """What RLHF attains on the problem of a run, at its norm where the constraint is a penalty; and why it is NaN."""
+def _ceiling(row: Mapping[str, Any], ceilings: pd.DataFrame) -> tuple[float, str, pd.DataFrame]:
+    """What RLHF attains on the problem of a run, at its norm where the constraint is a penalty; or why that is NaN.
+
+    And the runs of RLHF that say so: of a curve over norms all.
+    """
+    none = ceilings.head(0)
     if row["is_ceiling"]:
-        return row["attained"], ""
+        return row["attained"], "", none
     if is_null(row["attained"]):
         tied = not is_null(row.get(f"{METRIC}objective/J"))
         why = "all rewards of a prompt tie, so J has nothing to gain" if tied else "its data has no rewards"
-        return math.nan, f"it has no objective/attained: {why}"
+        return math.nan, f"it has no objective/attained: {why}", none
     penalties = set(names(row["constraint"])) & set(PENALTIES)
     if len(penalties) > 1:
-        return math.nan, "two penalties: equal norms do not tell which of them acts"
+        return math.nan, "two penalties: equal norms do not tell which of them acts", none
     same = ceilings[ceilings["pool" if penalties else "problem"] == row["pool" if penalties else "problem"]]
     if same.empty:
-        return math.nan, _no_partner(row, ceilings)
+        return math.nan, _no_partner(row, ceilings), none
     if not penalties:
-        return float(same["attained"].max()), ""
+        return float(same["attained"].max()), "", same
     points = list(zip(same["norm"], same["attained"]))
     start = [(0.0, 0.0)] if names(row["constraint"]) == ["l2_to_start"] else []  # the limit of a strength to infinity
-    return at_norm([*start, *points], row["norm"])
+    return *at_norm([*start, *points], row["norm"]), same
 
 
 def _no_partner(row: Mapping[str, Any], ceilings: pd.DataFrame) -> str:
@@ -183,16 +187,16 @@ def _no_partner(row: Mapping[str, Any], ceilings: pd.DataFrame) -> str:
 
 
 def _cell(key: dict[str, Any], group: pd.DataFrame) -> dict[str, Any]:
-    first, gaps = group.iloc[0], group["gap"].dropna()
+    first, identical = group.iloc[0], _identical(group)
     row = key | {name: first[name] for name in ("setting", "family", "level_name", "level", "is_ceiling", "at_norm")}
-    row |= {"seeds": len(group), "gaps": len(gaps), "identical": _identical(group)}
-    row |= {f"gap{part}": value for part, value in spread(gaps.tolist()).items()}
+    row |= {"seeds": len(group), "identical": identical}
+    for name, values in [("gap", group["gap"]), *((name, _numbers(group, MEASURES[name])) for name in MEASURES)]:
+        known = values.dropna().tolist()
+        once = identical and len(set(known)) == 1
+        row |= {f"{name}{part}": number for part, number in interval(known[:1] if once else known).items()}
     row |= {"ceiling": group["ceiling"].mean(), "penalised_norm": group["norm"].where(group["at_norm"]).mean()}
-    for name, metric in MEASURES.items():
-        parts = spread(_numbers(group, metric).dropna().tolist())
-        row |= {f"{name}{part}": v for part, v in parts.items() if name == "attained" or part in ("", "_se")}
     notes = [f"{reason} (seed {seed})" for reason, seed in zip(group["reason"], group["seed"]) if reason]
-    return row | {"searches": group["searches"].max(), "spread": group["spread"].max(), "note": "; ".join(notes)}
+    return row | of_cell(group) | {"searches": group["searches"].max(), "note": "; ".join(notes)}
 
 
 def _identical(group: pd.DataFrame) -> bool:

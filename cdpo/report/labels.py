@@ -24,7 +24,6 @@ NUMERICAL = (  # keys of trainer that change numbers by rounding at most
 WITHOUT = ("loss.", "restart", "allow_targets", "study", *NOT_IN_DIGEST)
 LEVELS = ("rank", "radius", "strength", "budget", "k", "fraction", "p", "step", "kl", "train_last_layers", "patience")
 LOSS, CONSTRAINT = "loss_label", "constraint_label"
-NO_NUMBER = "–"  # where a table has none
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ def label(runs: pd.DataFrame) -> Labelled:
     for i, column in enumerate(("family", "level_name", "level")):
         frame[column] = [level[i] for level in levels]
     frame["is_ceiling"] = [_is_ceiling(row) for row in words.to_dict("records")]
+    frame["is_ceiling"] = frame["is_ceiling"].astype(bool)  # without rows too
     frame["seeds"], frame["problem"] = _joined(words, _seeds(words)), _joined(words, _problem(words))
     strengths = tuple(f".{name}.strength" for name in PENALTIES)
     frame["pool"] = _joined(words, [column for column in _problem(words) if not column.endswith(strengths)])
@@ -213,15 +213,6 @@ def _settings(words: pd.DataFrame) -> list[str]:
         if column not in seeds and words.groupby([CONSTRAINT, *kept])[column].nunique().max() > 1:
             kept.append(column)
     return kept
-
-
-def number(value: Any, error: Any = None) -> str:
-    """`0.123 ± 0.004`; without a standard error where there is none, and zero without a sign."""
-    if is_null(value):
-        return NO_NUMBER
-    rounded = f"{float(value):.3f}"
-    rounded = rounded.lstrip("-") if float(rounded) == 0 else rounded
-    return rounded if is_null(error) else f"{rounded} ± {float(error):.3f}"
 
 
 def titled(what: object, setting: object) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from cdpo.report.intervals import HOW
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -58,11 +60,12 @@ def pages(
 ) -> dict[str, str]:
     """report.md and report.html, as text."""
     from cdpo.report import tables
+    from cdpo.report.findings import findings
 
     texts = {
         "title": study.folder.resolve().name,
         "summary": tables.summary(table, study.cells, study.settings),
-        "findings": tables.findings(study.cells) + problems if len(labelled) else problems,
+        "findings": findings(study.cells) + problems if len(labelled) else problems,
         "sections": _sections(study, table, labelled, pictures),
     }
     return {f"report.{extension}": _rendered(f"report.{extension}.j2", texts) for extension in ("md", "html")}
@@ -75,15 +78,16 @@ def _sections(study: Study, table: pd.DataFrame, labelled: pd.DataFrame, picture
     rewards = known and bool(cells["attained"].notna().any())
     comparable = rewards and bool(cells["is_ceiling"].any()) and not cells["is_ceiling"].all()
     of = {name: [p for p in pictures if p.name.split("-")[0] == name] for name in (*ORDER, "recovery")}
-    gap = "gap = attained by RLHF less attained by the loss, under one constraint: mean ± standard error over seeds."
-    more = "Bootstrap 95% intervals are in gap.csv."
-    share = "(J - J of the reference) / (J of the optimum - J of the reference). 1 is the optimum without a constraint."
+    gaps = [tables.gaps(cells), *tables.certificates(cells)] if comparable else ()
+    gap = f"gap = attained by RLHF less attained by the loss, under one constraint: {HOW}."
+    share = "(J - J of the reference) / (J of the optimum - J of the reference). 1 is the optimum without a constraint"
+    share += f": {HOW}."
     measures = Section(
         "measures", "All measures", "On held-out pairs; every loss has a unit of its own.", tables.quality(cells)
     )
     sections = [
         *([] if rewards else [replace(measures, figures=of["quality"])]),
-        Section("gap", "Constraint gap", f"{gap} {more}", [tables.gaps(cells)] if comparable else (), of["gap"]),
+        Section("gap", "Constraint gap", gap, gaps, of["gap"]),
         Section(
             "attained", "Attained", share, [tables.attained(cells)] if rewards else (), of["quality"] if rewards else ()
         ),

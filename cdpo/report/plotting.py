@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ import seaborn
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 INK, PAPER, FAINT = "#24292f", "#fffffe", "#d0d6dd"  # colours that a page replaces by its own, see `inline`
 THEMED = {INK: "currentColor", PAPER: "var(--paper)", FAINT: "var(--faint)"}
@@ -155,9 +157,9 @@ def _is_below(one: Axes, other: Axes) -> bool:
 
 
 def line(axes: Axes, points: Sequence[tuple[float, float, float]], look: Look, label: str, band: bool = False) -> None:
-    """Means over x with standard errors, as bars or as a band; (x, mean, s.e. or NaN)."""
-    x, mean, error = zip(*sorted(points))
-    spread = [value if value == value else 0.0 for value in error]
+    """Means over x with intervals, as bars or as a band; (x, mean, half an interval or NaN)."""
+    x, mean, half = zip(*sorted(points))
+    spread = [value if value == value else 0.0 for value in half]
     marks = {} if len(x) <= 12 else {"marker": None}
     if band:
         axes.plot(x, mean, label=label, **look.line() | {"marker": None})
@@ -167,14 +169,34 @@ def line(axes: Axes, points: Sequence[tuple[float, float, float]], look: Look, l
         axes.errorbar(x, mean, yerr=spread, label=label, capsize=2, elinewidth=0.8, **look.line() | marks)
 
 
+def focus(limit: Callable[..., Any], means: Iterable[float], drawn: tuple[float, float]) -> None:
+    """Limits of an axis, now `drawn`, that show all means; of their intervals as much again, wide as they may be."""
+    known = [mean for mean in means if mean == mean]
+    room = (max(known) - min(known) or 1.0) / 2 if known else math.inf
+    limit(max(drawn[0], min(known, default=0.0) - room), min(drawn[1], max(known, default=0.0) + room))
+
+
+def hollow(axes: Axes, points: Sequence[tuple[float, float]], look: Look) -> None:
+    """Markers over those that are there: of numbers that are no optimum, or not known to be."""
+    marks = look.line() | {"linestyle": "none", "markerfacecolor": PAPER}
+    axes.plot(*np.reshape(points, (-1, 2)).T, zorder=5, **marks)
+
+
+def hatch(axes: Axes, cells: pd.DataFrame) -> None:
+    """Hatch those cells of a `heat` that are true."""
+    for row, column in np.argwhere(cells.to_numpy(bool)):
+        marks: dict[str, Any] = {"facecolor": "none", "edgecolor": FAINT, "linewidth": 0.0, "hatch": "////"}
+        axes.add_patch(Rectangle((column + 0.03, row + 0.03), 0.94, 0.94, zorder=0.5, **marks))
+
+
 def heat(axes: Axes, values: pd.DataFrame, texts: pd.DataFrame, low: float, high: float) -> None:
-    """A table as colours between `low` and `high`, with texts of the same shape written in; – for NaN."""
+    """A table as colours between `low` and `high`, with texts of the same shape written in; – for none."""
     palette = seaborn.color_palette("flare", as_cmap=True)
     seaborn.heatmap(values, ax=axes, cmap=palette, vmin=low, vmax=high, cbar=False, linewidths=1, linecolor=PAPER)
     for row, column in np.ndindex(values.shape):
         value = values.iloc[row, column]
         ink = INK if value != value else _readable(palette((value - low) / (high - low)))
-        words = "–" if value != value else texts.iloc[row, column]
+        words = texts.iloc[row, column] or "–"
         axes.text(column + 0.5, row + 0.5, words, ha="center", va="center", fontsize=8, color=ink)
     axes.set(xlabel=None, ylabel=None)
     axes.grid(False)

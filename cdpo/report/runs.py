@@ -23,9 +23,10 @@ from cdpo.training.directory import DONE, RunDirectory
 if TYPE_CHECKING:
     import pandas as pd
 
-CONFIG, METRIC = "config.", "metric/"  # how columns of the table begin
+CONFIG, METRIC, CERTIFICATE = "config.", "metric/", "certificate."  # how columns of the table begin
 GROUPS = ("experiment", "model", "dataset", "loss", "optimizer")
-LABELS = ("directory", "state", "cause", "step", *GROUPS, "constraint", "seed", "restart")
+LABELS = ("directory", "state", "cause", "step", *GROUPS, "constraint", "seed", "restart", "labels")
+SAYINGS = ("status", "says", "mend", "ranked_by")  # of a certificate; its numbers are metrics
 DAMAGED = "damaged"  # finished, but its config or its numbers cannot be read
 NUMBERS = ("steps", "trainable", "change/norm", "change/max_abs", "change/effective_rank")  # beside summary's metrics
 KILLED = "still running, or killed: the same command goes on from the newest checkpoint"
@@ -105,10 +106,13 @@ def _row(path: Path, listed: Mapping[str, Any]) -> dict[str, Any]:
     causes = [cause for cause in (_cause(state, status, summary, listed), *faults.values()) if cause]
     row: dict[str, Any] = {"directory": path, "state": state, "cause": "; ".join(causes) or None}
     row["step"] = summary.get("step") if state in DONE else _last_step(path)
+    row["labels"] = summary.get("labels")  # hard, soft, where the run knows
     row["reference"] = summary.get("reference")  # computed, or where it was read
     row |= _choices(config, saved or listed.get("choices") or {})
     row |= {"seed": config.get("seed"), "restart": config.get("restart")}
     row |= {f"{CONFIG}{key}": value for key, value in flat(config).items() if key and key != "hydra"}
+    certificate = summary.get("certificate")
+    row |= {f"{CERTIFICATE}{key}": certificate.get(key) or None for key in SAYINGS if isinstance(certificate, Mapping)}
     row |= {f"{METRIC}{key}": value for key, value in _metrics(summary).items()}
     return row | {"command": _command(path) or listed.get("command")}
 
@@ -163,6 +167,10 @@ def _metrics(summary: Mapping[str, Any]) -> dict[str, Any]:
     found = summary.get("metrics")
     metrics = {str(k): v for k, v in found.items()} if isinstance(found, Mapping) else {}
     metrics |= {name: summary[name] for name in NUMBERS if name in summary}
+    proof = summary.get("certificate")
+    for name, value in proof.items() if isinstance(proof, Mapping) else ():
+        if name not in SAYINGS:
+            metrics[f"certificate/{name}"] = float(value) if isinstance(value, bool) else value
     return {name: value if _is_number(value) else None for name, value in metrics.items()}
 
 
@@ -197,8 +205,8 @@ def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     import pandas as pd
 
     names = sorted({name for row in rows for name in row})
-    parts = [[name for name in names if name.startswith(prefix)] for prefix in (CONFIG, METRIC)]
-    order = [*LABELS, *parts[0], *parts[1], "command"]
+    parts = [[name for name in names if name.startswith(prefix)] for prefix in (CONFIG, CERTIFICATE, METRIC)]
+    order = [*LABELS, *(name for part in parts for name in part), "command"]
     return pd.DataFrame({name: _column([row.get(name) for row in rows]) for name in order})
 
 

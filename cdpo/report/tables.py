@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cdpo.report.gap import MEASURES, SLACK
-from cdpo.report.labels import NO_NUMBER, is_null, number, text
+from cdpo.report.findings import where
+from cdpo.report.gap import MEASURES
+from cdpo.report.intervals import NO_NUMBER, counted, number, short
+from cdpo.report.labels import text
+from cdpo.report.marks import ATTAINED, EXPLAINED, HARD, NONE, OVER, SEARCHED, SUPREMUM, is_over, legend, marked
 from cdpo.report.runs import DONE, METRIC
 
 if TYPE_CHECKING:
@@ -23,8 +25,30 @@ EQUAL_NORM = (
     "0) is a point of the curve, its limit for large strengths; for weight_decay it is that of the weights."
 )
 ONE = "‡"  # one number, however many seeds
-SAME = f"{ONE} the seeds changed nothing: all runs have the same numbers, and ± 0.000 is that of one run repeated."
+SAME = f"{ONE} the seeds changed nothing: all runs have the same numbers, and count as one."
+OVER_BUDGET = f"{OVER}: {EXPLAINED[OVER]}."
+CERTIFICATES = (
+    "The solver's error, apart from the spread over seeds: that of the worst seed. residual: relative, 0 is "
+    "stationary. bound: proven, of the objective. starts, hits: searches made, and the share that found the best. "
+    "within ε: what all solutions attain whose objective is within ε of the best. supremum: the norm, where the best "
+    "lies at infinity."
+)
+BELOW = "Below a gap that was searched for: starts, the share that found the best, and the gap's range within ε of it."
+SEARCHES = "searches: runs that differ in restart or optimizer; one that is certified counts, else the best."
 MANY = 30  # rows; a longer table is folded
+
+
+class Cell(str):
+    """Text of a cell with its `kind`, which has a colour, what stands `below` it, and what a pointer on it tells."""
+
+    kind: str
+    below: str
+    hover: str
+
+    def __new__(cls, text: str, kind: str = "", below: str = "", hover: str = "") -> Cell:
+        cell = super().__new__(cls, text)
+        cell.kind, cell.below, cell.hover = kind, below, hover
+        return cell
 
 
 @dataclass(frozen=True)
@@ -41,72 +65,60 @@ class Table:
     literal: Sequence[str] = LITERAL
 
 
-def short(value: Any, error: Any = None) -> str:
-    """Four significant digits, two of a standard error."""
-    if is_null(value):
-        return NO_NUMBER
-    return f"{float(value):.4g}" if is_null(error) else f"{float(value):.4g} ± {float(error):.2g}"
-
-
 def summary(runs: pd.DataFrame, cells: pd.DataFrame, settings: Sequence[str]) -> str:
     """How many runs there are, in which states, of what."""
     states = runs["state"].value_counts()
-    counted = ", ".join(
-        f"{n} {state.replace('_', ' ')}" for state, n in sorted(states.items(), key=lambda s: str(s[0]))
-    )
+    ended = ", ".join(f"{n} {state.replace('_', ' ')}" for state, n in sorted(states.items(), key=lambda s: str(s[0])))
     kinds = [
         f"{cells[kind].nunique()} {_plural(kind, cells[kind].nunique())}"
         for kind in ("loss", "constraint")
         if len(cells)
     ]
-    seeds = f", {_seeds(cells['seeds'])} per cell" if len(cells) else ""
+    seeds = f", {counted(cells['seeds'])} per cell" if len(cells) else ""
     groups = {kind: sorted(set(runs[kind].dropna())) for kind in ("model", "dataset")}
     of = "; ".join(f"{kind} {', '.join(found)}" for kind, found in groups.items() if found)
     what = [f"{' and '.join(kinds)}{seeds}"] * bool(kinds) + [of] * bool(of)
-    said = f"{len(runs)} {_plural('run', len(runs))}: {counted}." + f" {'; '.join(what)}." * bool(what)
+    said = f"{len(runs)} {_plural('run', len(runs))}: {ended}." + f" {'; '.join(what)}." * bool(what)
     return said + (f" Means are never taken over different {', '.join(settings)}." if settings else "")
 
 
-def findings(cells: pd.DataFrame) -> list[str]:
-    """Two or three sentences about the gaps, or what is missing for there to be any."""
-    if cells.empty:
-        return ["No run has finished yet, so there is nothing to compare."]
-    if not cells["attained"].notna().any():
-        return [
-            "No run has objective/attained: J needs data with rewards (dataset=bandit, ultrafeedback, or scored rows)."
-        ]
-    known = cells[cells["gap"].notna()]
-    if not cells["is_ceiling"].any():
-        return ["No gap without its ceiling: add loss=rlhf, under the same constraints and seeds, to the sweep."]
-    if known.empty:
-        return [
-            "Nothing to compare with loss=rlhf: add other losses, under the same constraints and seeds, to the sweep."
-        ]
-    said = f"The largest gap is {_gap(known.loc[known['gap'].idxmax()])}"
-    said += f"; the smallest is {_gap(known.loc[known['gap'].idxmin()])}." if len(known) > 1 else "."
-    return [said, *_against_zero(known)]
-
-
 def gaps(cells: pd.DataFrame) -> Table:
-    """The gap of every loss under every constraint."""
+    """The gap of every loss under every constraint, marked."""
     others, remarks = cells[~cells["is_ceiling"]], dict[str, int]()
     shown = {}
     for i, row in others.iterrows():
-        mark = AT_NORM if row["at_norm"] and row["gaps"] else ""
-        mark += ONE if row["identical"] and row["gap_se"] == 0 else ""
-        several = f" ({row['gaps']} of {row['seeds']})" if 0 < row["gaps"] < row["seeds"] else ""
-        remark = f"{row['loss']}, {_where(row)}: {row['note']}" if row["note"] else ""
-        place = f" [{remarks.setdefault(remark, len(remarks) + 1)}]" if remark else ""
-        shown[i] = f"{number(row['gap'], row['gap_se'])}{mark}{several}{place}"
-    notes = [EQUAL_NORM] if others["at_norm"].any() else []
-    notes += [SAME] if any(ONE in cell for cell in shown.values()) else []
-    return Table("", *_pivot(others, shown), notes, list(remarks))
+        said = [f"{row['loss']}, {where(row)}: {row['note']}"] if row["note"] else []
+        places = [remarks.setdefault(one, len(remarks) + 1) for one in [*said, *row["trouble"].splitlines()]]
+        text = _gap(row) + "".join(f" [{place}]" for place in places)
+        shown[i] = Cell(text, row["mark"], _searches(row), row["says"])
+    notes = [EQUAL_NORM] * bool(others["at_norm"].any()) + [SAME] * any(ONE in cell for cell in shown.values())
+    notes += [BELOW] * any(cell.below for cell in shown.values())
+    return Table("", *_pivot(others, shown), [*notes, *legend(shown.values())], list(remarks))
+
+
+def certificates(cells: pd.DataFrame) -> list[Table]:
+    """How every number was found: what its certificate says, and the solver's error, apart from the spread of seeds."""
+    if not (cells["own_mark"] != NONE).any():
+        return []
+    fixed = ["constraint", "loss", *(["setting"] if (cells["setting"] != "").any() else [])]
+    columns = ["residual", "tolerance", "bound", "own_starts", "own_hits", "attained", "within ε", "supremum"]
+    rows = []
+    for row in cells.to_dict("records"):
+        status = Cell(row["own_word"] or row["own_mark"].replace("_", " "), row["own_mark"], hover=row["says"])
+        found = [short(row[name]) for name in columns[:5]] + [number(row["attained"])]
+        rows.append([*(row[name] for name in fixed), status, *found, _range(row, "attained"), short(row["supremum"])])
+    columns = [name.removeprefix("own_") for name in columns]
+    return [Table("Certificates", [*fixed, "certificate", *columns], rows, [CERTIFICATES], folded=len(rows) > MANY)]
 
 
 def attained(cells: pd.DataFrame) -> Table:
-    """What every loss attains under every constraint, RLHF among them."""
-    shown = {i: number(r["attained"], r["attained_se"]) + ONE * r["identical"] for i, r in cells.iterrows()}
-    return Table("", *_pivot(cells, shown), [SAME] if cells["identical"].any() else [])
+    """What every loss attains under every constraint, RLHF among them, marked."""
+    shown = {}
+    for i, row in cells.iterrows():
+        written_as = marked(number(*written(row, "attained")), row["own_mark"], row["own_sign"], row["own_word"])
+        shown[i] = Cell(written_as + ONE * row["identical"], row["own_mark"], hover=row["says"])
+    notes = [SAME] if cells["identical"].any() else []
+    return Table("", *_pivot(cells, shown), [*notes, *legend(shown.values(), ATTAINED)])
 
 
 def quality(cells: pd.DataFrame) -> list[Table]:
@@ -114,20 +126,17 @@ def quality(cells: pd.DataFrame) -> list[Table]:
     known = [name for name in MEASURES if cells[name].notna().any()] if len(cells) else []
     if not known:
         return []
-    fixed = ["constraint", "loss", *(["setting"] if (cells["setting"] != "").any() else []), "seeds"]
-    several = ["searches", "spread"] if (cells["searches"] > 1).any() else []
-    columns = [*fixed, *known, *several]
+    fixed = ["constraint", "loss", *(["setting"] if (cells["setting"] != "").any() else [])]
+    several = ["searches"] if (cells["searches"] > 1).any() else []
     rows = []
     for row in cells.to_dict("records"):
-        numbers = [short(row[name], row[f"{name}_se"]) for name in known]
-        words = [str(row[name]) + ONE * (name == "seeds" and row["identical"]) for name in fixed]
-        rows.append([*words, *numbers, *(short(row[name]) for name in several)])
-    notes = [SAME] * bool(cells["identical"].any())
-    notes += [
-        "searches: runs that differ in restart or optimizer; the lowest training objective counts. "
-        "spread: the largest difference between what searches of one seed attained."
-    ] * bool(several)
-    return [Table("", [c.replace("_", " ") for c in columns], rows, notes, folded=len(rows) > MANY)]
+        numbers = [short(*written(row, name)) + ONE * row["identical"] for name in known]
+        numbers = [_over(text, name == "kl" and row["over"] > 0) for name, text in zip(known, numbers)]
+        rows.append([*(row[name] for name in fixed), *numbers, *(short(row[name]) for name in several)])
+    notes = [SAME] * bool(cells["identical"].any()) + [OVER_BUDGET] * bool(cells["over"].any())
+    notes += [SEARCHES] * bool(several)
+    columns = [name.replace("_", " ") for name in (*fixed, *known, *several)]
+    return [Table("", columns, rows, notes, folded=len(rows) > MANY)]
 
 
 def unfinished(runs: pd.DataFrame) -> list[Table]:
@@ -147,10 +156,21 @@ def everything(runs: pd.DataFrame, labelled: pd.DataFrame) -> Table:
     fixed = ["directory", "state", "step", "loss", "constraint", "setting", "seed", "restart"]
     fixed = [name for name in fixed if any(map(text, whole[name]))]
     rows = [
-        [*(text(row[name]) for name in fixed), *(short(row[column]) for column in shown.values()), text(row["command"])]
+        [
+            *(text(row[name]) for name in fixed),
+            *(_over(short(row[column]), name == "kl" and is_over(row)) for name, column in shown.items()),
+            text(row["command"]),
+        ]
         for row in whole.to_dict("records")
     ]
-    return Table("", [*fixed, *(name.replace("_", " ") for name in shown), "command"], rows, folded=len(rows) > MANY)
+    columns = [*fixed, *(name.replace("_", " ") for name in shown), "command"]
+    notes = [OVER_BUDGET] if any(OVER in cell for row in rows for cell in row) else []
+    return Table("", columns, rows, notes, folded=len(rows) > MANY)
+
+
+def written(row: Mapping[str, Any], name: str) -> tuple[Any, Any, Any]:
+    """Mean, half an interval and n of a column of the cells."""
+    return row[name], row[f"{name}_half"], row[f"{name}_n"]
 
 
 def _pivot(part: pd.DataFrame, cells: Mapping[Any, str]) -> tuple[list[str], list[list[str]]]:
@@ -167,37 +187,32 @@ def _where(row: Mapping[str, Any]) -> str:
 
 
 def _gap(row: Mapping[str, Any]) -> str:
-    over = f"{row['gaps']} {_plural('seed', row['gaps'])}"
-    return f"{number(row['gap'], row['gap_se'])} ({row['loss']} under {_where(row)}, {over})"
+    """A gap as its cell shows it, with all its signs."""
+    n = row["gap_n"] if row["identical"] or row["gap_n"] == row["seeds"] else f"{row['gap_n']} of {row['seeds']}"
+    text = marked(number(row["gap"], row["gap_half"], n), row["mark"], row["sign"], row["word"])
+    if not row["gap_n"]:
+        return text
+    signs = {AT_NORM: row["at_norm"], ONE: row["identical"] and row["gap_n"] == 1, HARD: row["hard"]}
+    signs[SUPREMUM] = row["supremum"] == row["supremum"]
+    return text + "".join(sign for sign, holds in signs.items() if holds)
 
 
-def _against_zero(known: pd.DataFrame) -> list[str]:
-    """Which gaps cannot be told from zero, and which lie below it."""
-    repeated = known[known["gap_se"].notna()]
-    said = []
-    if len(repeated):
-        near = repeated[repeated["gap"].abs() <= 2 * repeated["gap_se"]]
-        listed = _listed(f"{r['loss']} under {_where(r)}" for r in near.to_dict("records"))
-        said.append(f"The gap is within two standard errors of zero in {len(near)} of {len(repeated)} cells{listed}.")
-    below = known[known["gap"] < -2 * known["gap_se"].fillna(0.0) - SLACK]
-    if len(below):
-        listed = _listed(f"{r['loss']} under {_where(r)}" for r in below.to_dict("records"))
-        said.append(
-            f"It is negative, by over {SLACK} beside two standard errors, in {len(below)}{listed}: there RLHF's run is "
-            "no ceiling. Its search ended too early or in a local optimum (give it restarts, steps, learning rates), "
-            "or the constraint is no set of policies (dropout), or J is that of prompts which training has not seen."
-        )
-    return said
+def _over(text: str, over: bool) -> str:
+    """A KL, with its mark where it is above a budget."""
+    return Cell(f"{text} {OVER}", "over") if over else text
 
 
-def _listed(items: Iterable[str]) -> str:
-    found = list(items)
-    return f" ({', '.join(found[:5])}{', ...' if len(found) > 5 else ''})" if found else ""
+def _searches(row: Mapping[str, Any]) -> str:
+    """`64 starts, 5 % hit, 0.120 to 0.210`: how a gap was searched for, and its range; "" for any other."""
+    if row["mark"] != SEARCHED:
+        return ""
+    starts = f"{row['starts']:.0f} starts, {row['hits']:.0%} hit" if row["starts"] == row["starts"] else ""
+    return ", ".join(part for part in (starts, _range(row, "gap")) if part not in ("", NO_NUMBER))
 
 
-def _seeds(counts: Iterable[Any]) -> str:
-    found = sorted({int(count) for count in counts if not math.isnan(count)})
-    return f"{found[0]} {_plural('seed', found[0])}" if len(found) == 1 else f"{found[0]} to {found[-1]} seeds"
+def _range(row: Mapping[str, Any], name: str) -> str:
+    low, high = number(row[f"{name}_low"]), number(row[f"{name}_high"])
+    return NO_NUMBER if NO_NUMBER in (low, high) else f"{low} to {high}"
 
 
 def _plural(word: str, count: int) -> str:

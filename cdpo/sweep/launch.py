@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from cdpo.config.task import Task, write_task
 from cdpo.errors import ConfigError
+from cdpo.sweep import seeds
 from cdpo.sweep.estimate import dry_run
 from cdpo.sweep.outcome import Outcome, earlier, end, failure
 from cdpo.sweep.polish import to_polish
@@ -60,10 +61,11 @@ def _estimated(tasks: Iterable[Task | Outcome], how: Launcher) -> int:
 
 
 def _checked(tasks: Iterable[Task | Outcome], how: Launcher) -> list[Task | Outcome]:
-    """Every run once; an outcome where it is refused."""
+    """Every run once; an outcome where it is refused. Raises ConfigError if no seed changes anything."""
     found: dict[Path, Task | Outcome] = {}
     for one in tasks:
         found.setdefault(one.directory, one if isinstance(one, Outcome) else _refused(one, how) or one)
+    seeds.check(one for one in found.values() if isinstance(one, Task))
     return list(found.values())
 
 

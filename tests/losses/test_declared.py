@@ -22,9 +22,11 @@ def logps_of(logits: torch.Tensor, g: torch.Generator) -> Logps:
     inside = torch.cat([torch.arange(size) for size in SIZES])
     draw = lambda *size: torch.rand(*size, generator=g, dtype=torch.float64)  # noqa: E731
     pairs = torch.stack([FIRST, FIRST + 1], 1).repeat(2, 1)
+    reference = (3 * draw(len(SIZES), 6)).log_softmax(-1)[ITEM, inside]
     return Logps(
         policy=logits.log_softmax(-1)[ITEM, inside],
-        reference=(3 * draw(len(SIZES), 6)).log_softmax(-1)[ITEM, inside],
+        reference=reference,
+        base=reference,
         length=(1 + 5 * draw(len(ITEM))).floor(),
         item=ITEM,
         pairs=pairs,

@@ -11,6 +11,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from mixed_sweep import mixed
+
+from cdpo.report.write import report
 
 PROBE = """<script>addEventListener("load", () => {
   const seen = [...document.querySelectorAll("figure svg, figure img")].map(e => {
@@ -49,7 +52,7 @@ def test_a_browser_shows_it(made, theme, tmp_path):
     probe = tmp_path / "probe.html"
     probe.write_text((made / "report.html").read_text().replace("</body>", f"{PROBE}</body>"))
     dom = chromium(tmp_path, THEMES[theme], "--window-size=500,900", "--dump-dom", probe.as_uri())
-    assert "<td>0.270 ± 0.000</td>" in dom
+    assert ">0.270 ± 0.000 (2)</td>" in dom
     seen = json.loads(re.search(r'\{"seen".*"wide":-?\d+\}', html.unescape(dom))[0])
     assert len(seen["seen"]) == 11
     assert all(width > 50 and height > 50 and natural > 0 for width, height, natural, _ in seen["seen"])
@@ -58,6 +61,26 @@ def test_a_browser_shows_it(made, theme, tmp_path):
     for color in (ink, *(color for *_, color in seen["seen"] if color)):
         assert contrast(background, color) > 7
     assert seen["wide"] <= 0  # wide tables and figures scroll, the page does not
+
+
+MARKS = """<script>addEventListener("load", () => {
+  const found = [...document.querySelectorAll("td.not_reached, td.none, td.over, td small, td.certified")]
+    .map(e => [e.className || "small", getComputedStyle(e).color]);
+  document.body.replaceChildren(JSON.stringify({found, page: getComputedStyle(document.body).backgroundColor}))
+})</script>"""
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_marks_can_be_read_and_told_apart(theme, tmp_path):
+    folder = mixed(tmp_path / "mixed")
+    probe = tmp_path / "probe.html"
+    probe.write_text(report(folder).read_text().replace("</body>", f"{MARKS}</body>"))
+    dom = html.unescape(chromium(tmp_path, THEMES[theme], "--dump-dom", probe.as_uri()))
+    seen = json.loads(re.search(r'\{"found".*\}', dom)[0])
+    colors = dict(seen["found"])
+    assert set(colors) == {"not_reached", "none", "over", "small", "certified"}
+    assert min(contrast(seen["page"], color) for color in colors.values()) > 4.5  # WCAG 2, level AA
+    assert len({colors[kind] for kind in ("not_reached", "none", "certified")}) == 3
 
 
 @pytest.mark.parametrize("theme", THEMES)

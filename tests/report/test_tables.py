@@ -6,6 +6,7 @@ import pandas as pd
 from table_of_runs import cells, run
 
 from cdpo.report import tables
+from cdpo.report.findings import findings
 
 
 def test_seeds_that_change_nothing_are_no_repetitions():
@@ -17,14 +18,14 @@ def test_seeds_that_change_nothing_are_no_repetitions():
         "rlhf": True, "dpo": True, "ipo": False, "sft": False}  # fmt: skip
     table = pd.DataFrame(found.values())
     assert [tables.gaps(table).rows, tables.gaps(table).notes] == [
-        [["none", "0.300 ± 0.000‡", "0.300 ± 0.000", "0.700"]], [tables.SAME]]  # fmt: skip
-    assert tables.attained(table).rows[0][1:3] == ["1.000 ± 0.000‡", "0.700 ± 0.000‡"]
+        [["none", "0.300 (1)‡", "0.300 ± 0.000 (2)", "0.700 (1)"]], [tables.SAME]]  # fmt: skip
+    assert tables.attained(table).rows[0][1:3] == ["1.000 (1)‡", "0.700 (1)‡"]
     assert tables.attained(table).notes == [tables.SAME]
-    assert [row[2] for row in tables.quality(table)[0].rows] == ["2‡", "2‡", "2", "1"]
+    assert [row[2] for row in tables.quality(table)[0].rows] == ["1 (1)‡", "0.7 (1)‡", "0.7 ± 0 (2)", "0.3 (1)"]
     assert tables.attained(table[~table["identical"]]).notes == []
 
 
 def test_negative_gaps_are_told_beyond_what_searches_differ_by():
     found = cells(run("rlhf", 0.5), run("dpo", 0.5009), run("ipo", 0.5011))
-    said = tables.findings(pd.DataFrame(found.values()))
+    said = findings(pd.DataFrame(found.values()))
     assert [line for line in said if "negative, by over 0.001" in line and "(ipo under none)" in line] == said[1:]

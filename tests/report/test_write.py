@@ -49,12 +49,12 @@ def test_the_gap_is_that_of_the_runs(made):
         assert table.loc[("dpo", constraint), "gap"] == pytest.approx(0.9 * (0.9 - 0.6))
         assert table.loc[("gaussian_power", constraint), "gap"] == pytest.approx(0.9 * (0.9 - 0.5))
     assert table.loc[("dpo", "lora_r1"), "seeds"] == 3  # with the nested one, which has no partner
-    assert table.loc[("dpo", "lora_r1"), "gaps"] == 2
+    assert table.loc[("dpo", "lora_r1"), "gap_n"] == 2
     assert table.loc[("dpo", "l2_to_start"), "gap"] == pytest.approx(0.27)  # the same norm
     page = Page((made / "report.html").read_text())
-    assert "The largest gap is 0.360 ± 0.000 (gaussian_power under " in page.text
-    assert "0.270 ± 0.000†" in page.text
-    assert "| lora_r4 | 0.270 ± 0.000 | 0.360 ± 0.000 |" in (made / "report.md").read_text()
+    assert "the largest is 0.360 ± 0.000 (2), gaussian_power under " in page.text
+    assert "0.270 ± 0.000 (2)†" in page.text
+    assert "| lora_r4 | 0.270 ± 0.000 (2) | 0.360 ± 0.000 (2) |" in (made / "report.md").read_text()
 
 
 def test_a_single_run_is_a_directory_of_runs(tmp_path):

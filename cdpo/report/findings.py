@@ -1,0 +1,95 @@
+"""What a report says first: the gaps that can be trusted, by how far, and what is missing for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from cdpo.report.intervals import number
+from cdpo.report.marks import ABOUT, AT_LEAST, CERTIFIED, EXPLAINED, GAPS, HARD, NONE, NOT_REACHED, SEARCHED, SLACK
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SIGNS = {AT_LEAST: "at least ", ABOUT: "about "}
+
+
+def findings(cells: pd.DataFrame) -> list[str]:
+    """A few sentences about the gaps, or what is missing for there to be any."""
+    if cells.empty:
+        return ["No run has finished yet, so there is nothing to compare."]
+    if not cells["attained"].notna().any():
+        return [
+            "No run has objective/attained: J needs data with rewards (dataset=bandit, ultrafeedback, or scored rows)."
+        ]
+    if not cells["is_ceiling"].any():
+        return ["No gap without its ceiling: add loss=rlhf, under the same constraints and seeds, to the sweep."]
+    known = cells[cells["gap"].notna()]
+    if known.empty:
+        return [
+            "Nothing to compare with loss=rlhf: add other losses, under the same constraints and seeds, to the sweep."
+        ]
+    parts = {mark: known[known["mark"] == mark] for mark in (CERTIFIED, SEARCHED, NOT_REACHED, NONE)}
+    said = [_extremes(parts[mark], mark) for mark in GAPS if len(parts[mark])]
+    hard = known[known["hard"]]
+    said += [f"On {EXPLAINED[HARD]}{_listed(hard)}."] * bool(len(hard))
+    return [*said, *_against_zero(known[known["mark"].isin(GAPS)]), *_no_gaps(parts[NOT_REACHED], parts[NONE])]
+
+
+def where(row: Mapping[str, Any]) -> str:
+    """The constraint of a cell, and its setting."""
+    return f"{row['constraint']} at {row['setting']}" if row["setting"] else str(row["constraint"])
+
+
+def _extremes(part: pd.DataFrame, mark: str) -> str:
+    """The largest and the smallest gap of one mark."""
+    said = f"{len(part)} gap{'s' * (len(part) > 1)} {'are' if len(part) > 1 else 'is'} {mark}: "
+    largest, smallest = (_gap(part.loc[at]) for at in (part["gap"].idxmax(), part["gap"].idxmin()))
+    return f"{said}the largest is {largest}; the smallest is {smallest}." if len(part) > 1 else f"{said}{largest}."
+
+
+def _gap(row: Mapping[str, Any]) -> str:
+    value = number(row["gap"], row["gap_half"], row["gap_n"])
+    return f"{SIGNS.get(row['sign'], '')}{value}, {row['loss']} under {where(row)}"
+
+
+def _against_zero(known: pd.DataFrame) -> list[str]:
+    """Which gaps cannot be told from zero, and which lie below it."""
+    repeated = known[known["gap_half"].notna()]
+    said = []
+    if len(repeated):
+        near = repeated[repeated["gap"].abs() <= repeated["gap_half"]]
+        said.append(
+            f"The 95% interval of the gap holds zero in {len(near)} of {_count(repeated, 'cell')}{_listed(near)}."
+        )
+    below = known[known["gap"] < -known["gap_half"].fillna(0.0) - SLACK]
+    if len(below):
+        said.append(
+            f"It is negative, by over {SLACK} beside its interval, in {len(below)}{_listed(below)}, though RLHF's run "
+            "is certified: J may be that of prompts which training has not seen."
+        )
+    return said
+
+
+def _no_gaps(unreached: pd.DataFrame, without: pd.DataFrame) -> list[str]:
+    """What is no gap, and why."""
+    said = []
+    if len(unreached):
+        said.append(
+            f"{_count(unreached, 'cell')} {'are' if len(unreached) > 1 else 'is'} no gap, as a solver stopped too "
+            f"early{_listed(unreached)}: shown as trained; the remarks below the table have what mends it."
+        )
+    if len(without):
+        words = ", ".join(dict.fromkeys(without["word"]))
+        verb = "have" if len(without) > 1 else "has"
+        said.append(f"{_count(without, 'cell')} {verb} no certificate, and no gap without its word: {words}.")
+    return said
+
+
+def _count(part: pd.DataFrame, word: str) -> str:
+    return f"{len(part)} {word}{'s' * (len(part) != 1)}"
+
+
+def _listed(part: pd.DataFrame) -> str:
+    found = [f"{row['loss']} under {where(row)}" for row in part.to_dict("records")]
+    return f" ({', '.join(found[:5])}{', ...' if len(found) > 5 else ''})" if found else ""
