@@ -144,7 +144,7 @@ class Exact:
 
     learning_rate: None = None  # there is none; models bring one along
     starts: int = 32
-    steps: int = 600  # of each start, at most
+    steps: int = 250  # of each start, at most
     tolerance: float = 1e-8  # of the gradient, as a share of its norm at the reference
     epsilon: float = 0.01  # share of the objective's fall within which solutions count as equally good
 

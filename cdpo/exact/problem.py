@@ -131,6 +131,13 @@ class Objective:
         wide, tall = (torch.nn.functional.pad(wide, (0, 0, 0, extra)), torch.nn.functional.pad(tall, (0, extra)))
         return torch.cat([wide.flatten(1), tall.flatten(1)], dim=1)
 
+    def moved(self, x: Tensor) -> Tensor:
+        """Which numbers of points that begin with x can change the loss at all. [S, m] -> [m]"""
+        used = self.table.used()[:, None].expand_as(self.table.start)
+        if self.rank is not None:
+            used = torch.cat([self.table.used().repeat(self.rank), torch.ones(self.size - self.rank * len(used))])
+        return torch.nn.functional.pad(used.flatten() > 0, (0, x.shape[1] - self.size))
+
     @property
     def size(self) -> int:
         """Numbers of x."""

@@ -24,7 +24,7 @@ from cdpo.losses.loss import Loss
 
 EXPLORED = 80  # steps that every start is given
 FINALISTS, FEW = 12, 4  # starts that go on from there; few where each means many problems
-ROUND = 200  # steps with the same multipliers
+ROUND = 40  # steps with the same multipliers
 FAR, ON = 50.0, 1.5
 WINNERS, LAST = 3, 60  # finalists that Newton's method brings further, in so many steps
 FREE_STEPS = 300
@@ -91,6 +91,9 @@ class Solver:
 
     def unconstrained(self) -> Tensor:
         """The optimum of the loss alone, or how far a few steps come where it lies at infinity. [C * V]"""
+        known = closed_form(self.objective.table, self.objective.loss, Setting())
+        if known is not None:
+            return known[0]
         function = self.objective.free()
         how = Descent(function, self._small, FREE_STEPS, not moves(self.objective.loss))
         return lbfgs(how, torch.zeros(1, function.size, dtype=torch.float64)).x[0]
@@ -123,7 +126,7 @@ class Solver:
             x = x.index_copy(0, best, self.minimised(self.objective, x[best]))
             best = self.best(x, WINNERS)
             return x.index_copy(0, best, self.finished(self.objective, x[best], LAST)), none
-        best = self.best(x, FEW)
+        best = self.best(x, 1 if moves(self.objective.loss) else FEW)
         kept, multipliers = within_budgets(self.objective, budgets, self.minimised_again, x[best])
         unfinished = torch.full_like(x, torch.nan)
         return unfinished.index_copy(0, best, kept), none.index_copy(0, best, multipliers[:, 0])
@@ -185,7 +188,7 @@ class Solver:
         if self.projects:
             return x
         how = Descent(function, self._arrived, steps, not moves(self.objective.loss))
-        return newton(how, x, torch.arange(x.shape[1]) < self.objective.size)
+        return newton(how, x, self.objective.moved(x))
 
     @property
     def projects(self) -> bool:

@@ -42,17 +42,16 @@ def _made_ready(task: Task, same: list[Task]) -> bool:
     directory = RunDirectory(task.directory)
     certificate: dict[str, Any] = json_object(directory.summary)[0].get("certificate") or {}
     sure = certificate.get("status") == "certified" or certificate.get("hits", 1.0) > UNANIMOUS
-    others = [other for other in same if other.directory != task.directory]
-    if sure or not others or directory.starts.is_file():
+    if sure or len(same) == 1 or directory.starts.is_file():
         return False
-    write_atomic(directory.starts, _together(others))
+    write_atomic(directory.starts, _together(same))
     for path in (directory.status, directory.checkpoints, directory.summary):  # without the first it is not done
         remove(path)
     return True
 
 
-def _together(others: list[Task]) -> bytes:
+def _together(same: list[Task]) -> bytes:
     """The solutions of runs in one file, by the names of their directories."""
     from safetensors.torch import load_file, save
 
-    return save({f"from {o.directory.name}": load_file(RunDirectory(o.directory).solution)["change"] for o in others})
+    return save({f"from {o.directory.name}": load_file(RunDirectory(o.directory).solution)["change"] for o in same})

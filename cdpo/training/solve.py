@@ -6,6 +6,7 @@ through the model itself (`certificate`).
 
 from __future__ import annotations
 
+import csv
 from typing import Any
 
 import torch
@@ -26,28 +27,29 @@ SAME = 1e-6  # share of the objective's fall within which two optima are one
 
 
 def solve(run: Run) -> None:
-    """Set the policy to the best optimum that is found, and remember what the search says of it."""
+    """Set the policy to the best optimum that is found, and remember what the search says of it.
+
+    Where another run has left solutions to begin from (`cdpo.sweep.polish`), these take the place of random starts, and
+    what the starts before them came to still counts.
+    """
+    how: Any = run.optimizer_config
     table, setting = table_of(run), setting_of(run.constraints, run.change.trainable())
-    how = run.optimizer_config
-    effort = Effort(how.starts, how.steps, how.tolerance, run.plan.seed)  # type: ignore[attr-defined]
-    found = search(table, run.loss, setting, effort, known_solutions(run))
+    begun = known_solutions(run)
+    effort = Effort(0 if begun else how.starts, how.steps, how.tolerance, run.plan.seed)
+    found = search(table, run.loss, setting, effort, begun)
     shares = attained_by(table, found.change, run.objective_beta)
-    by_objective = not moves(run.loss)
-    order = found.value if by_objective or shares is None else -shares
-    best = int(order.argmin())
+    by_objective = shares is None or not moves(run.loss)
+    best = int((found.value if by_objective else -shares).argmin())  # type: ignore[operator]
     put(run, found, best)
-    fall = found.at_start - float(found.value[best])
-    write_searches(run, found, shares)
-    solution = {"change": found.change[best].reshape(table.start.shape).contiguous()}
-    run.ranks.from_first(lambda: write_atomic(run.directory.solution, save(solution)))
+    rows = [*earlier(run, bool(begun)), *rows_of(found, shares)]
+    solution = save({"change": found.change[best].reshape(table.start.shape).contiguous()})
+    run.ranks.from_first(lambda: write_csv(run.directory.searches, rows))
+    run.ranks.from_first(lambda: write_atomic(run.directory.solution, solution))
+    fall = found.at_start - float(found.value[best]) if by_objective else 1.0
     run.state.proof = found.proof
     run.state.search = {
-        "starts": len(found.origins),
-        "hits": float(((order - order[best]).abs() <= SAME * abs(fall)).double().mean()),
-        "origin": found.origins[best],
         "ranked_by": "objective" if by_objective else "J",
-        **_range(order, shares, best, how.epsilon * abs(fall)),  # type: ignore[attr-defined]
-        "epsilon": how.epsilon,  # type: ignore[attr-defined]
+        **told(rows, by_objective, fall, how.epsilon),
         "supremum": bool(found.at_infinity[best]),
     }
 
@@ -93,8 +95,8 @@ def put(run: Run, found: Searches, best: int) -> None:
             constraint.multiplier = float(found.multiplier[best])
 
 
-def write_searches(run: Run, found: Searches, shares: Tensor | None) -> None:
-    """searches.csv, a row per start."""
+def rows_of(found: Searches, shares: Tensor | None) -> list[dict[str, Any]]:
+    """A row of searches.csv per start."""
     nowhere = torch.full_like(found.value, torch.nan)
     columns = {
         "origin": found.origins,
@@ -102,13 +104,26 @@ def write_searches(run: Run, found: Searches, shares: Tensor | None) -> None:
         "attained": (nowhere if shares is None else shares).tolist(),
         "norm": norms(found.change).tolist(),
     }
-    rows: list[dict[str, Any]] = [dict(zip(columns, row)) for row in zip(*columns.values())]
-    run.ranks.from_first(lambda: write_csv(run.directory.searches, rows))
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
-def _range(order: Tensor, shares: Tensor | None, best: int, epsilon: float) -> dict[str, float]:
-    """What the solutions attain that are as good as the best one, but for epsilon."""
-    if shares is None:
-        return {}
-    near = shares[order <= order[best] + epsilon]
-    return {"attained_low": float(near.min()), "attained_high": float(near.max())}
+def earlier(run: Run, again: bool) -> list[dict[str, Any]]:
+    """The rows of the search before, if this one goes on from it."""
+    path = run.directory.searches
+    if not again or not path.is_file():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [row | {key: float(row[key]) for key in ("objective", "attained", "norm")} for row in rows]
+
+
+def told(rows: list[dict[str, Any]], by_objective: bool, fall: float, epsilon: float) -> dict[str, float]:
+    """How many searches there were, the share that found the best, what those attain that are nearly as good."""
+    shares = torch.tensor([row["attained"] for row in rows], dtype=torch.float64)
+    order = torch.tensor([row["objective"] for row in rows], dtype=torch.float64) if by_objective else -shares
+    behind = order - order.min()
+    near = shares[behind <= epsilon * abs(fall)]
+    found = {"starts": len(rows), "hits": float((behind <= SAME * abs(fall)).double().mean()), "epsilon": epsilon}
+    if near.isnan().any():
+        return found
+    return found | {"attained_low": float(near.min()), "attained_high": float(near.max())}

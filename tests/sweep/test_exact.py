@@ -1,0 +1,121 @@
+"""Sweeps on a table search for optima without being asked to, and go on from each other's solutions."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import forking
+import pandas as pd
+import pytest
+from composing import composed, train
+from safetensors.torch import load_file
+
+from cdpo.config.task import Task
+from cdpo.sweep.exact import solvable, told
+from cdpo.sweep.polish import to_polish
+
+WORLD = ("model=tabular", "logger=none", "beta=1", "dataset.prompts=4", "dataset.alphabet=3")
+
+
+def sweep(folder: Path, *overrides: str) -> str:
+    command = ["-m", "cdpo.train", "-m", *WORLD, f"output_root={folder}", "name=swept", *overrides]
+    done = forking.run(*command)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def runs(folder: Path) -> dict[tuple[str, str], Path]:
+    """Directories by loss and constraint."""
+    found = {}
+    for path in (folder / "swept").glob("*/choices.json"):
+        choices = json.loads(path.read_text())
+        found[choices["loss"], "+".join(choices["constraint"]) or "none"] = path.parent
+    return found
+
+
+def summary(directory: Path) -> dict:
+    return json.loads((directory / "summary.json").read_text())
+
+
+def test_the_gap_of_a_table_is_zero_without_a_constraint_and_searched_under_a_rank(tmp_path):
+    losses = ("rlhf", "dpo")
+    sweep(tmp_path, f"loss={','.join(losses)}", "constraint=none,lora_r1")
+    found, gaps = runs(tmp_path), pd.read_csv(tmp_path / "swept/gap.csv").set_index(["loss", "constraint"])["gap"]
+    assert abs(gaps["dpo", "none"]) < 1e-9
+    assert gaps["dpo", "lora_r1"] > 0.01
+    assert {key: summary(path)["certificate"]["status"] for key, path in found.items()} == {
+        (loss, constraint): "certified" if constraint == "none" else "searched"
+        for loss in losses
+        for constraint in ("none", "lora_r1")
+    }
+    again = [found[loss, "lora_r1"] for loss in losses if (found[loss, "lora_r1"] / "starts.safetensors").is_file()]
+    assert found["rlhf", "lora_r1"] in again  # few starts find RLHF's optimum under a rank
+    for directory in again:
+        names = set(load_file(directory / "starts.safetensors"))
+        assert names == {f"from {found[loss, 'lora_r1'].name}" for loss in losses}
+        with open(directory / "searches.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert {f"from {found['dpo', 'lora_r1'].name}", "random 0"} <= {row["origin"] for row in rows}
+        assert summary(directory)["certificate"]["starts"] == len(rows)
+    best = summary(found["rlhf", "lora_r1"])["metrics"]["objective/J"]
+    assert all(summary(found[loss, "lora_r1"])["metrics"]["objective/J"] <= best + 1e-9 for loss in losses)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")}
+    sweep(tmp_path, f"loss={','.join(losses)}", "constraint=none,lora_r1")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")} == before
+
+
+def test_a_search_goes_on_from_a_solution_that_it_could_not_find(tmp_path):
+    """One start and one step, but the solution of a thorough search is put beside it: the run ends there."""
+    thorough, poor = tmp_path / "thorough", tmp_path / "poor"
+    settings = (*WORLD, "loss=rlhf", "constraint=lora_r1", "optimizer=exact")
+    best = train(composed(*settings, "optimizer.starts=40"), thorough)["metrics"]["objective/J"]
+    poor.mkdir()
+    shutil.copy(thorough / "solution.safetensors", poor / "starts.safetensors")
+    found = train(composed(*settings, "optimizer.starts=1", "optimizer.steps=1"), poor)
+    assert found["metrics"]["objective/J"] >= best - 1e-9
+
+
+def test_the_command_line_can_tell_how_to_train(tmp_path):
+    sweep(tmp_path, "loss=dpo,ipo", "optimizer=adamw", "trainer.max_steps=2")
+    assert {summary(path)["steps"] for path in runs(tmp_path).values()} == {2}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "answer"),
+    [
+        (("model=tabular",), True),
+        (("model=tabular", "constraint=[lora_r2,kl_budget]"), True),
+        (("model=tabular", "constraint=early_stop"), False),
+        (("model=tabular", "constraint=dropout"), False),
+        (("model=tabular", "loss=bco"), False),
+        (("model=tabular", "loss=aot"), False),
+        (("model=tabular", "loss=gaussian_annealed"), False),
+        (("model=tiny",), False),
+    ],
+)
+def test_what_can_be_solved(overrides, answer, tmp_path):
+    assert solvable(Task(tmp_path, composed(*overrides))) is answer
+
+
+@pytest.mark.parametrize(
+    ("overrides", "answer"),
+    [
+        (["model=tabular", "loss=dpo"], False),
+        (["optimizer.learning_rate=1"], True),
+        (["+trainer.max_steps=3"], True),
+        (["trainer.device=cpu"], False),
+        (["experiment=theory"], True),
+    ],
+)
+def test_what_counts_as_told(overrides, answer):
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.create({"hydra": {"runtime": {"choices": {"experiment": None}}}})
+    assert told(overrides, config) is answer
+
+
+def test_runs_without_solutions_are_left_alone(tmp_path):
+    assert to_polish([Task(tmp_path, composed("model=tabular"))]) == []
