@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cdpo.data.packing import by_tokens
 from cdpo.losses.candidates import RLHF
 from cdpo.losses.loss import per_unit, unit_weight
 from cdpo.model.gradient import Gradient
@@ -40,8 +41,9 @@ def certify(run: Run) -> dict[str, Any]:
     reason = uncertified(run)
     if reason:
         return {"status": "none", "says": reason, "mend": ""}
-    found, proof = measured(run), proven(run)
+    found = measured(run)
     precise = all(parameter.dtype == torch.float64 for parameter in run.parameters)
+    proof = proven(run) if precise and found["items"] == len(run.train.items) else ""
     found["tolerance"] = COARSE if not precise else PROVEN if proof else SEARCHED
     if proof != "convex":
         found.pop("bound", None)
@@ -60,6 +62,8 @@ def uncertified(run: Run) -> str:
     for name, constraint in run.constraints.items():
         if constraint.no_optimum:
             return f"{name}: {constraint.no_optimum}"
+    if getattr(run.loss, "whole_steps", False) and len(run.train.items) > run.plan.batch_size:
+        return "this loss is another one for other portions of the data"
     if run.ranks.sharded:
         return "weights are sharded, so that no gradient lies in one place"
     return "" if run.trainer.certificate_items else "trainer.certificate_items=0"
@@ -69,23 +73,25 @@ def measured(run: Run) -> dict[str, Any]:
     """The numbers of a certificate."""
     run.scorer.eval()
     items = sample(len(run.train.items), run.trainer.certificate_items, run.plan.seed)
-    budgets = differentiated(run, items, excess=True)
-    limits = [parameter.grad for parameter in run.parameters]
+    excess = differentiated(run, items, excess=True)
+    limits = taken(run)
     differentiated(run, items)
-    gradient = Gradient(run.change)
-    bounds = [bound for one in run.constraints.values() if (bound := one.bound(gradient)) is not None]
-    for constraint in run.constraints.values():
-        constraint.hold(gradient)
-    residual = gradient.norm() if budgets is None else held_by_budget(run, gradient, limits, budgets)
-    scale = run.state.first_gradient
-    found = {
-        "residual": residual / scale if scale else math.inf,
+    bounds = [bound for one in run.constraints.values() if (bound := one.bound(Gradient(run.change))) is not None]
+    scale, residual = run.state.first_gradient, least_residual(run, limits, excess)
+    taken(run)
+    return {
+        "residual": residual / scale if scale else math.inf if residual else 0.0,
         **({"bound": max(0.0, min(bounds))} if bounds else {}),
-        **({} if budgets is None else {"infeasibility": max(0.0, budgets)}),
-        **{key: value for key, value in run.state.search.items() if key != "origin"},
+        **({} if excess is None else {"infeasibility": max(0.0, excess)}),
+        **run.state.search,
         "norm": run.change.norm(),
         "items": len(items),
     }
+
+
+def taken(run: Run) -> list[Tensor | None]:
+    """The gradients, which no longer lie on the parameters."""
+    found = [parameter.grad for parameter in run.parameters]
     for parameter in run.parameters:
         parameter.grad = None
     return found
@@ -101,10 +107,9 @@ def differentiated(run: Run, items: Sequence[int], excess: bool = False) -> floa
 
     None, and no gradient, where nothing has a budget.
     """
-    for parameter in run.parameters:
-        parameter.grad = None
+    taken(run)
     total, weights = 0.0, sum(run.item_weights[i] for i in items)
-    for portion in portions(run, items):
+    for portion in by_tokens(run.plan.sizes, items, run.trainer.micro_batch):
         run.session.pause()
         batch = run.train.batch(tuple(portion))
         with run.autocast():
@@ -126,32 +131,32 @@ def differentiated(run: Run, items: Sequence[int], excess: bool = False) -> floa
     return total
 
 
-def portions(run: Run, items: Sequence[int]) -> list[list[int]]:
-    """Micro-batches of these Items."""
-    from cdpo.data.packing import by_tokens
+def least_residual(run: Run, limits: Sequence[Tensor | None], excess: float | None) -> float:
+    """Norm of what the constraints do not hold back; a used-up budget holds back a multiple of its own gradient.
 
-    return by_tokens(run.plan.sizes, items, run.trainer.micro_batch)
-
-
-def held_by_budget(run: Run, gradient: Gradient, limits: Sequence[Tensor | None], excess: float) -> float:
-    """The least norm of gradient + multiplier * gradient of the budget, multiplier >= 0, where the budget is used up.
-
-    The square of the norm is a parabola in the multiplier: three of its values tell the best one.
+    The multiplier is the constraint's own, or the one with the least norm before anything else holds back: the square
+    of that norm is a parabola in the multiplier, which three of its values tell.
     """
+    gradient, objective = Gradient(run.change), taken(run)
 
-    def with_multiplier(step: float) -> float:
-        with torch.no_grad():
-            for parameter, limit in zip(run.parameters, limits):
-                if limit is not None and parameter.grad is not None:
-                    parameter.grad += step * limit
+    def put(multiplier: float) -> None:
+        for parameter, own, limit in zip(run.parameters, objective, limits):
+            moved = None if limit is None else multiplier * limit
+            parameter.grad = moved if own is None else own.clone() if moved is None else own + moved
+
+    def norm(multiplier: float, held: bool) -> float:
+        put(multiplier)
+        for constraint in run.constraints.values() if held else ():
+            constraint.hold(gradient)
         return gradient.norm()
 
-    at = [with_multiplier(0.0), with_multiplier(1.0), with_multiplier(1.0)]  # at 0, 1 and 2
-    curvature = at[2] ** 2 - 2 * at[1] ** 2 + at[0] ** 2
-    slope = at[1] ** 2 - at[0] ** 2 - curvature / 2
-    best = max(0.0, -slope / curvature) if curvature > 0 else 0.0
-    multiplier = best if excess > -FEASIBLE else 0.0
-    return with_multiplier(multiplier - 2)
+    if excess is None or excess < -FEASIBLE:
+        return norm(0.0, held=True)
+    at = [norm(multiplier, held=False) ** 2 for multiplier in (0.0, 1.0, 2.0)]
+    curvature = at[2] - 2 * at[1] + at[0]
+    best = max(0.0, (at[0] - at[1]) / curvature + 0.5) if curvature > 0 else 0.0
+    own = [c.multiplier for c in run.constraints.values() if hasattr(c, "multiplier")]
+    return min(norm(multiplier, held=True) for multiplier in (best, *own))
 
 
 def proven(run: Run) -> str:
