@@ -28,6 +28,7 @@ class L2Ball(Projection):
     per_tensor: bool = False  # every weight tensor has a ball of its own, instead of one ball for all
 
     convex = True
+    has_vertex = True
 
     def __post_init__(self) -> None:
         if not 0 < self.radius < math.inf:
@@ -52,6 +53,14 @@ class L2Ball(Projection):
         norms = gradient.norms()
         reach = sum(norms.values()) if self.per_tensor else math.hypot(*norms.values())
         return sum(gradient.inner().values()) + self.radius * reach
+
+    def vertex(self, gradient: Gradient) -> None:
+        """v = theta_0 - radius g / ||g||, of every tensor by itself if each has a ball; theta_0 where g is zero."""
+        norms = gradient.norms()
+        total = math.hypot(*norms.values())
+        for name, g, delta in gradient.plain():
+            norm = norms[name] if self.per_tensor else total
+            g.mul_(self.radius / norm if norm else 0.0).add_(delta)
 
     def after_step(self, model: nn.Module, metrics: Mapping[str, float]) -> None:
         norms = self.change.norms()

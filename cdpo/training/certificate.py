@@ -174,7 +174,8 @@ def mend(run: Run) -> str:
     if isinstance(run.session.spec.model, Tabular):
         how: Any = run.optimizer_config
         return f"optimizer.steps={4 * how.steps}" if run.searches else "optimizer=exact"
-    return f"trainer.batch_size=null optimizer.schedule=cosine trainer.max_steps={4 * run.plan.steps}"
+    schedule = "" if run.frank_wolfe else "trainer.batch_size=null optimizer.schedule=cosine "
+    return f"{schedule}trainer.max_steps={4 * run.plan.steps}"
 
 
 def sentence(status: str, proof: str, found: dict[str, Any]) -> str:

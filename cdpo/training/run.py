@@ -17,7 +17,7 @@ from cdpo.errors import ConfigError
 from cdpo.losses.loss import reward_beta
 from cdpo.model.change import Change
 from cdpo.model.logps import Scorer
-from cdpo.optim import Exact, OptimizerConfig
+from cdpo.optim import Exact, FrankWolfe, OptimizerConfig
 from cdpo.system import checkpoint
 from cdpo.system.ranks import sharded_like, whole_tree
 from cdpo.system.rng import rng_state, set_rng_state
@@ -66,6 +66,7 @@ class Run:
         self.loss, self.optimizer_config = spec.loss, spec.optimizer
         self.constraints: dict[str, Constraint] = spec.constraint
         self.searches = isinstance(self.optimizer_config, Exact)
+        self.frank_wolfe = isinstance(self.optimizer_config, FrankWolfe)
         self.ranks, self.device, self.directory = self.session.ranks, self.session.device, self.session.directory
         self.autocast = self.session.autocast
         self.reward_beta, self.objective_beta = reward_beta(self.loss, spec.beta), spec.beta
