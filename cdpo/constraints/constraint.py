@@ -33,6 +33,8 @@ class Constraint:
     no_optimum: str = ""
     #: whether it restricts the weights themselves to a convex set, or adds a convex penalty of theirs
     convex: bool = False
+    #: whether it pulls back by the Euclidean distance, so that steps that rescale the gradient (AdamW) end elsewhere
+    euclidean: bool = False
     #: whether it is a set with a `vertex`, in which optimizer=frank_wolfe can move
     has_vertex: bool = False
 

@@ -28,6 +28,7 @@ class L2Ball(Projection):
     per_tensor: bool = False  # every weight tensor has a ball of its own, instead of one ball for all
 
     convex = True
+    euclidean = True
     has_vertex = True
 
     def __post_init__(self) -> None:

@@ -121,7 +121,7 @@ BALLS = {
 
 
 @pytest.mark.parametrize("ball", BALLS)
-def test_on_tables_it_ends_where_exact_does_and_adamw_in_a_box_only(ball, tmp_path, monkeypatch):
+def test_on_tables_it_ends_where_exact_does_and_adamw_in_a_box_only(ball, tmp_path, monkeypatch, caplog):
     """By no more than the gap that it reports, in the ball at every step."""
     slack, finish = [], loop.finish_step
 
@@ -143,9 +143,11 @@ def test_on_tables_it_ends_where_exact_does_and_adamw_in_a_box_only(ball, tmp_pa
     assert taken[-1]["frank_wolfe/gap"] < 2e-5 < 1e-2 < taken[0]["frank_wolfe/gap"]
     assert found["objective/attained"] == pytest.approx(exact["objective/attained"], abs=2e-3)
 
+    assert "rescales" not in caplog.text
     adamw = composed(*TABLE, *BALLS[ball], "trainer.batch_size=null", "trainer.max_steps=300", "trainer.log_every=300",
                      "optimizer.schedule=cosine")  # fmt: skip
     off = train(adamw, tmp_path / "adamw")["metrics"]["objective"] - exact["objective"]
+    assert (off > 1e-3) == ("AdamW rescales the gradient weight by weight, so with l2_ball" in caplog.text)
     assert (off > 1e-3) == (ball == "l2_ball")
 
 
@@ -189,3 +191,12 @@ def test_a_learning_rate_is_refused():
         FrankWolfe(0.1)
     with pytest.raises(ConfigError, match=r"optimizer\.learning_rate=0\.1"):
         checked(composed("optimizer=frank_wolfe", "constraint=l2_ball", "optimizer.learning_rate=0.1"))
+
+
+@pytest.mark.parametrize("constraint", ["l2_to_start", "weight_decay"])
+@pytest.mark.parametrize(("optimizer", "warned"), [("adamw", True), ("rmsprop", True), ("sgd", False)])
+def test_pulls_that_a_rescaled_gradient_does_not_balance_are_warned_of(constraint, optimizer, warned, tmp_path, caplog):
+    rate = "optimizer.learning_rate=1e-3"
+    one = composed(*SMALL, f"constraint={constraint}", f"optimizer={optimizer}", rate, "trainer.max_steps=1")
+    train(one, tmp_path / "run")
+    assert caplog.text.count(f"with {constraint} it ends elsewhere") == warned
