@@ -164,3 +164,29 @@ class Exact:
     def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         """Never stepped; it only has a state that can be saved."""
         return torch.optim.SGD(parameters, lr=0.0)
+
+
+@dataclass(frozen=True)
+class FrankWolfe:
+    """Frank and Wolfe 1956 (Jaggi 2013, Algorithm 1), on the full batch, in the ball around the start of a constraint.
+
+    theta <- theta - h (theta - v), h = 2 / (step + 2), where v is the point of the ball furthest against the gradient.
+    The constraint puts theta - v in the gradient's place (`Constraint.vertex`), so what is left is a step down it.
+    """
+
+    learning_rate: None = None  # there is none; models bring one along
+
+    full_batch: ClassVar[bool] = True
+    states: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        if self.learning_rate is not None:
+            raise ValueError(f"learning_rate={self.learning_rate} is not used: steps are 2/(step + 2); set it to null")
+
+    def learning_rate_at(self, step: int, steps: int) -> float:
+        """The share h of the way to v, of `step`, counted from 0."""
+        return 2 / (step + 2)
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        """Without a state: the step tells all."""
+        return torch.optim.SGD(parameters, lr=1.0)

@@ -35,6 +35,10 @@ class Constraint:
     convex: bool = False
     #: why this constraint cannot be used on pairs without rewards ("" if it can): they tell nothing of the policy's KL
     not_on_pairs: str = ""
+    #: whether it pulls back by the Euclidean distance, so that steps that rescale the gradient (AdamW) end elsewhere
+    euclidean: bool = False
+    #: whether it is a set with a `vertex`, in which optimizer=frank_wolfe can move
+    has_vertex: bool = False
 
     def conflict(self, other: Constraint) -> str:
         """Why this constraint cannot be combined with `other`, or "" if it can. Asked in both directions."""
@@ -92,6 +96,9 @@ class Constraint:
     def bound(self, gradient: Gradient) -> float | None:
         """The Frank-Wolfe gap: a convex objective is at most so far above its least value on this set; else None."""
         return None
+
+    def vertex(self, gradient: Gradient) -> None:
+        """Replace the gradient by theta - v, v the point of this set with the least <gradient, v>, for Frank-Wolfe."""
 
     def state_dict(self) -> dict[str, Any]:
         """What `begin` cannot recompute: the dataclass fields with init=False. Plain numbers, equal on every rank."""

@@ -28,6 +28,8 @@ class L2Ball(Projection):
     per_tensor: bool = False  # every weight tensor has a ball of its own, instead of one ball for all
 
     convex = True
+    euclidean = True
+    has_vertex = True
 
     def __post_init__(self) -> None:
         if not 0 < self.radius < math.inf:
@@ -40,18 +42,26 @@ class L2Ball(Projection):
 
     def hold(self, gradient: Gradient) -> None:
         """A pull along the change, away from the start, is held back by so much of it as stands at the boundary."""
-        inner, norms = gradient.inner(), self.change.norms()
+        inner, norms, reach = gradient.inner(), self.change.norms(), gradient.reach()
         groups = [[name] for name in norms] if self.per_tensor else [list(norms)]
         for group in groups:
-            size = math.hypot(*(norms[name] for name in group))
+            size, moved = (math.hypot(*(one[name] for name in group)) for one in (norms, reach))
             outward = max(0.0, -sum(inner[name] for name in group if name in inner))
-            if size:
-                gradient.add_change(dict.fromkeys(group, outward / size**2 * min(1.0, size / self.radius)))
+            if moved:
+                gradient.add_change(dict.fromkeys(group, outward / moved**2 * min(1.0, size / self.radius)))
 
     def bound(self, gradient: Gradient) -> float:
         norms = gradient.norms()
         reach = sum(norms.values()) if self.per_tensor else math.hypot(*norms.values())
         return sum(gradient.inner().values()) + self.radius * reach
+
+    def vertex(self, gradient: Gradient) -> None:
+        """v = theta_0 - radius g / ||g||, of every tensor by itself if each has a ball; theta_0 where g is zero."""
+        norms = gradient.norms()
+        total = math.hypot(*norms.values())
+        for name, g, delta in gradient.plain():
+            norm = norms[name] if self.per_tensor else total
+            g.mul_(self.radius / norm if norm else 0.0).add_(delta)
 
     def after_step(self, model: nn.Module, metrics: Mapping[str, float]) -> None:
         norms = self.change.norms()

@@ -28,6 +28,7 @@ class L2ToStart(Constraint):
     strength: float
 
     convex = True
+    euclidean = True
     not_with_lbfgs = "moving the parameters after a step invalidates L-BFGS's curvature; use optimizer=sgd or adamw"
 
     def __post_init__(self) -> None:

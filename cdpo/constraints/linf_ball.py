@@ -24,6 +24,7 @@ class LinfBall(Projection):
     radius: float
 
     convex = True
+    has_vertex = True
 
     def __post_init__(self) -> None:
         if not 0 < self.radius < math.inf:
@@ -38,6 +39,11 @@ class LinfBall(Projection):
 
     def bound(self, gradient: Gradient) -> float:
         return sum(gradient.inner().values()) + self.radius * gradient.absolute()
+
+    def vertex(self, gradient: Gradient) -> None:
+        """v = theta_0 - radius sign(g)."""
+        for _, g, delta in gradient.plain():
+            g.sign_().mul_(self.radius).add_(delta)
 
     def after_step(self, model: nn.Module, metrics: Mapping[str, float]) -> None:
         if self.record(self.radius - self.change.max_abs()):

@@ -31,6 +31,7 @@ class WeightDecay(Constraint):
     matrices_only: bool = True  # biases and norms are not decayed
 
     convex = True
+    euclidean = True
     not_with_lbfgs = "moving the parameters between steps invalidates L-BFGS's curvature; use optimizer=sgd or adamw"
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ from cdpo.losses.loss import Loss
 
 EXPLORED = 80  # steps that every start is given
 FINALISTS, FEW = 12, 4  # starts that go on from there; few where each means many problems
-ROUND = 40  # steps with the same multipliers
+ROUNDS = 6  # of the steps, with better multipliers each
 FAR, ON = 50.0, 1.5
 WINNERS, LAST = 3, 60  # finalists that Newton's method brings further, in so many steps
 FREE_STEPS = 300
@@ -180,7 +180,7 @@ class Solver:
 
     def minimised_again(self, function: Function, x: Tensor) -> Tensor:
         """The same from near an optimum; where values rank nothing, with Newton's method. [S, m] -> [S, m]"""
-        x = self.minimised(function, x, ROUND)
+        x = self.minimised(function, x, max(1, self.effort.steps // ROUNDS))
         return self.finished(function, x, LAST // 4) if moves(self.objective.loss) else x
 
     def finished(self, function: Function, x: Tensor, steps: int) -> Tensor:

@@ -50,12 +50,17 @@ class Gradient:
             found[name] = float((_grad(tall) * tall.detach()).sum(dtype=torch.float64))
         return found
 
+    def reach(self) -> dict[str, float]:
+        """L2 norm of the change of every weight, of weights outside adapters where the gradient is not zero."""
+        norms = self.change.norms()
+        return norms | {name: float((delta * (g != 0)).norm()) for name, g, delta in self.plain()}
+
     @torch.no_grad()
     def add_change(self, shares: dict[str, float]) -> None:
-        """gradient <- gradient + share * (theta - theta_0) for the named weights."""
+        """gradient <- gradient + share * (theta - theta_0) for the named weights, but where it is zero."""
         for name, gradient, delta in self.plain():
             if share := shares.get(name):
-                gradient += share * delta
+                gradient += share * delta * (gradient != 0)
         for name, layer in self.change.adapted.items():
             if share := shares.get(name):
                 tall, wide = factors(layer)

@@ -146,7 +146,8 @@ def least_residual(run: Run, limits: Sequence[Tensor | None], excess: float | No
 
     def norm(multiplier: float, held: bool) -> float:
         put(multiplier)
-        for constraint in run.constraints.values() if held else ():
+        weight_by_weight_first = sorted(run.constraints.values(), key=lambda one: one.euclidean)
+        for constraint in weight_by_weight_first if held else ():
             constraint.hold(gradient)
         return gradient.norm()
 
@@ -179,7 +180,8 @@ def mend(run: Run) -> str:
     if isinstance(run.session.spec.model, Tabular):
         how: Any = run.optimizer_config
         return f"optimizer.steps={4 * how.steps}" if run.searches else "optimizer=exact"
-    return f"trainer.batch_size=null optimizer.schedule=cosine trainer.max_steps={4 * run.plan.steps}"
+    schedule = "" if run.frank_wolfe else "trainer.batch_size=null optimizer.schedule=cosine "
+    return f"{schedule}trainer.max_steps={4 * run.plan.steps}"
 
 
 def sentence(status: str, proof: str, found: dict[str, Any]) -> str:

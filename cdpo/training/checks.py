@@ -10,10 +10,11 @@ from typing import Any
 from cdpo.config.build import build
 from cdpo.config.schema import Config
 from cdpo.constraints.constraint import Constraint, check
+from cdpo.constraints.lora import LoRA
 from cdpo.errors import ConfigError
 from cdpo.exact.setting import setting_of
 from cdpo.model.tabular import Tabular
-from cdpo.optim import LBFGS, Exact
+from cdpo.optim import LBFGS, Exact, FrankWolfe
 
 
 def checked(composed: dict[str, Any]) -> Config:
@@ -22,6 +23,8 @@ def checked(composed: dict[str, Any]) -> Config:
     _check_kinds(spec)
     _check_drawn(spec)
     _check_lbfgs(spec)
+    if isinstance(spec.optimizer, FrankWolfe):
+        _check_frank_wolfe(spec)
     check(spec.constraint, lbfgs=isinstance(spec.optimizer, LBFGS), fsdp=spec.trainer.distributed == "fsdp")
     if spec.trainer.distributed != "none" and getattr(spec.loss, "whole_steps", False):
         raise ConfigError(
@@ -77,6 +80,28 @@ def _check_lbfgs(spec: Config) -> None:
         if isinstance(spec.optimizer, LBFGS) and getattr(spec.loss, name, False):
             loss = type(spec.loss).__name__
             raise ConfigError(f"loss {loss} with optimizer=lbfgs: {reason}; set optimizer=adamw or optimizer=sgd")
+
+
+def _check_frank_wolfe(spec: Config) -> None:
+    """ConfigError for what optimizer=frank_wolfe cannot move in, and for what would bend its steps."""
+    balls = [name for name, one in spec.constraint.items() if one.has_vertex]
+    reasons = []
+    if len(balls) != 1:
+        found = " and ".join(balls) or "none"
+        reasons.append(f"it moves in one ball around the start, and finds {found}: choose l2_ball or linf_ball")
+    for name, one in spec.constraint.items():
+        if isinstance(one, LoRA):
+            reasons.append(f"{name} makes of the ball a set that is not convex: use optimizer=sgd")
+        elif one.not_with_lbfgs and not one.has_vertex:
+            reasons.append(f"{name} moves the weights or the objective besides: use optimizer=sgd")
+    if spec.trainer.batch_size is not None:
+        reasons.append("it needs the gradient of the full batch: set trainer.batch_size=null")
+    if spec.trainer.max_grad_norm is not None:
+        reasons.append("a clipped gradient has no use, as only its direction counts: set trainer.max_grad_norm=null")
+    if spec.trainer.distributed == "fsdp":
+        reasons.append("the ball needs whole weights: use trainer.distributed=ddp")
+    if reasons:
+        raise ConfigError("optimizer=frank_wolfe:\n  " + "\n  ".join(reasons))
 
 
 def _check_fsdp(spec: Config) -> None:

@@ -70,6 +70,8 @@ def take_step(run: Run) -> None:
     def closure() -> float:
         rows.append(gradient(run, first=not rows))
         with torch.no_grad():
+            if run.frank_wolfe:
+                rows[-1]["frank_wolfe/gap"] = turn_to_vertex(run)
             for constraint in run.constraints.values():
                 constraint.before_step(run.policy, rate)
         return rows[-1]["objective"]
@@ -80,6 +82,15 @@ def take_step(run: Run) -> None:
         for constraint in run.constraints.values():
             constraint.after_step(run.policy, row)
     finish_step(run, row, began)
+
+
+def turn_to_vertex(run: Run) -> float:
+    """Put what leads away from the vertex in the gradient's place. Returns the Frank-Wolfe gap of before the step."""
+    (ball,) = (constraint for constraint in run.constraints.values() if constraint.has_vertex)
+    found = Gradient(run.change)
+    gap = ball.bound(found)
+    ball.vertex(found)
+    return gap  # type: ignore[return-value]
 
 
 def search_step(run: Run) -> None:

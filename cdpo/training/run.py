@@ -17,7 +17,7 @@ from cdpo.errors import ConfigError
 from cdpo.losses.loss import reward_beta
 from cdpo.model.change import Change
 from cdpo.model.logps import Scorer
-from cdpo.optim import Exact, OptimizerConfig
+from cdpo.optim import AdamW, Exact, FrankWolfe, OptimizerConfig, RMSprop
 from cdpo.system import checkpoint
 from cdpo.system.ranks import sharded_like, whole_tree
 from cdpo.system.rng import rng_state, set_rng_state
@@ -66,6 +66,7 @@ class Run:
         self.loss, self.optimizer_config = spec.loss, spec.optimizer
         self.constraints: dict[str, Constraint] = spec.constraint
         self.searches = isinstance(self.optimizer_config, Exact)
+        self.frank_wolfe = isinstance(self.optimizer_config, FrankWolfe)
         self.ranks, self.device, self.directory = self.session.ranks, self.session.device, self.session.directory
         self.autocast = self.session.autocast
         self.reward_beta, self.objective_beta = reward_beta(self.loss, spec.beta), spec.beta
@@ -83,6 +84,7 @@ class Run:
         )
         if getattr(self.loss, "whole_steps", False):
             check_whole_steps(self.plan)
+        warn_of_rescaling(self.optimizer_config, self.constraints)
         self.parameters = trained_parameters(self.policy)
         self.optimizer: Optimizer = self.optimizer_config.build(self.parameters)
         self.change = Change(self.policy)
@@ -113,6 +115,18 @@ def trained_parameters(policy: Any) -> list[torch.nn.Parameter]:
             "Set model.dtype=float32 trainer.autocast=true, or train a LoRA, whose factors are float32"
         )
     return parameters
+
+
+def warn_of_rescaling(optimizer: OptimizerConfig, constraints: dict[str, Constraint]) -> None:
+    """A warning where the optimizer cannot end at the constrained optimum, however long it runs."""
+    names = [name for name, constraint in constraints.items() if constraint.euclidean]
+    if isinstance(optimizer, (AdamW, RMSprop)) and names:
+        log.warning(
+            "%s rescales the gradient weight by weight, so with %s it ends elsewhere than at the constrained optimum: "
+            "use optimizer=exact on tables, else optimizer=sgd, or in a ball optimizer=frank_wolfe",
+            type(optimizer).__name__,
+            " and ".join(names),
+        )
 
 
 def check_sizes(

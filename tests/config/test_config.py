@@ -149,6 +149,7 @@ def test_run_names_are_single_safe_path_components():
         (["model=gpt2"], 1e-5),
         (["model=tiny", "optimizer=lbfgs"], 1.0),
         (["model=gpt2", "optimizer=rmsprop"], 5e-7),
+        (["model=tiny", "optimizer=frank_wolfe"], None),
         (["model=tiny", "optimizer=sgd", "optimizer.learning_rate=7"], 7),
     ],
 )

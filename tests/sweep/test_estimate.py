@@ -36,7 +36,7 @@ def test_bytes_are_weights_gradients_states_and_start(options, numbers):
     assert found.gib * 2**30 == pytest.approx(8 * numbers * found.parameters, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "rmsprop", "lbfgs"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "rmsprop", "lbfgs", "frank_wolfe"])
 def test_optimizers_keep_as_many_numbers_as_they_say(name):
     parameter = torch.nn.Parameter(torch.randn(5000))
     schedule = build(composed("model=tabular", f"optimizer={name}")).optimizer

@@ -30,6 +30,8 @@ RUNS = {
     "tiny": [*TINY, "trainer.tokens_per_micro_batch=12"],  # several micro-batches per rank
     "lora": [*TINY, "constraint=lora_r4", "loss=bco"],
     "l2_ball": [*TINY, "constraint=[l2_ball,weight_decay]", "constraint.l2_ball.radius=0.01", "optimizer=sgd"],
+    "frank_wolfe": [*TINY, "constraint=l2_ball", "constraint.l2_ball.radius=0.1", "optimizer=frank_wolfe",
+                    "trainer.batch_size=null", "trainer.max_grad_norm=null"],
     "early_stop": [*UNEVEN, "model=tabular", "constraint=[early_stop_kl,kl_budget]",
                    "constraint.early_stop_kl.kl=0.02", "optimizer.learning_rate=0.1"],
 }  # fmt: skip

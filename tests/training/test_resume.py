@@ -50,12 +50,14 @@ def test_k_steps_and_resume_equal_n_steps(constraint, gpt2, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     ("optimizer", "loss"),
-    [("sgd", "bco"), ("rmsprop", "bco"), ("adamw", "bco"), ("adamw", "gaussian_annealed"), ("lbfgs", "dpo")],
-)
+    [("sgd", "bco"), ("rmsprop", "bco"), ("adamw", "bco"), ("adamw", "gaussian_annealed"), ("lbfgs", "dpo"),
+     ("frank_wolfe", "dpo")],
+)  # fmt: skip
 def test_every_optimizer_resumes_exactly(optimizer, loss, tmp_path, monkeypatch):
     """And so does a loss that follows training."""
-    settings = composed(*SMALL, "trainer.batch_size=null", f"optimizer={optimizer}", "optimizer.schedule=cosine",
-                        "optimizer.warmup_steps=2", f"loss={loss}")  # fmt: skip
+    follows = ["optimizer.schedule=cosine", "optimizer.warmup_steps=2"]
+    own = ["constraint=l2_ball"] if optimizer == "frank_wolfe" else follows
+    settings = composed(*SMALL, "trainer.batch_size=null", f"optimizer={optimizer}", *own, f"loss={loss}")
     train(settings, tmp_path / "whole")
     with monkeypatch.context() as patch:
         interrupted_at(4, patch)
@@ -85,10 +87,15 @@ def test_a_signal_during_an_evaluation_puts_it_off_and_loses_nothing(tmp_path, m
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
 
 
-def test_kill_9_at_random_moments_then_the_same_command(tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [["constraint=[lora_r4,dropout]"], ["optimizer=frank_wolfe", "constraint=linf_ball", "trainer.batch_size=null"]],
+    ids=["adamw", "frank_wolfe"],
+)
+def test_kill_9_at_random_moments_then_the_same_command(options, tmp_path):
     """Three kills at different moments; the final weights and the metrics are those of an undisturbed run."""
-    command = ["-m", "cdpo.train", *SMALL, "trainer.max_steps=400", "constraint=[lora_r4,dropout]",
-               "trainer.checkpoint_every=20", f"output_root={tmp_path}"]  # fmt: skip
+    command = ["-m", "cdpo.train", *SMALL, "trainer.max_steps=400", *options, "trainer.checkpoint_every=20",
+               f"output_root={tmp_path}"]  # fmt: skip
     forking.run(*command, "name=whole", check=True)
     folder = tmp_path / "parts"
     for kill_after in (30, 110, 250):
