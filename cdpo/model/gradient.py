@@ -85,7 +85,7 @@ def _tangent_norm(layer: object) -> float:
     scaling = layer.scaling[layer.active_adapters[0]]  # type: ignore[attr-defined]
     right = _basis_part(wide.detach().mT, _grad(tall).double() / scaling)
     left = _basis_part(tall.detach(), _grad(wide).mT.double() / scaling)
-    rows = torch.linalg.qr(wide.detach().mT.double()).Q
+    rows = _basis_part(wide.detach().mT, wide.detach().mT.double())
     both = left.mT @ rows
     square = right.square().sum() + left.square().sum() - both.square().sum()
     return math.sqrt(max(float(square), 0.0))

@@ -14,13 +14,15 @@ items           Items that the gradient is a mean over
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cdpo.constraints.constraint import Constraint
 from cdpo.losses.candidates import RLHF
 from cdpo.losses.loss import per_unit, unit_weight
 from cdpo.model.gradient import Gradient
@@ -30,17 +32,19 @@ from cdpo.training.run import Run
 PROVEN, SEARCHED = 1e-5, 1e-3  # of the residual: the error of the objective is of its square; 1e-3 at infinity
 COARSE = 1e-2  # of weights in fewer digits
 FEASIBLE = 1e-6  # nats
+ROUNDS, SETTLED = 1000, 1e-8  # of several constraints that hold a gradient back together; beside the first gradient
 
 
-def certify(run: Run) -> dict[str, Any]:
-    """The certificate of the policy as it is; it costs a gradient over `trainer.certificate_items` Items.
+def certify(run: Run, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """The certificate of the policy as it is, of which an evaluation has found these metrics.
 
-    May be interrupted between batches (Preempted). All ranks compute the same.
+    It costs a gradient over `trainer.certificate_items` Items, and may be interrupted between batches (Preempted). All
+    ranks compute the same.
     """
     reason = uncertified(run)
     if reason:
         return {"status": "none", "says": reason, "mend": ""}
-    found, proof = measured(run), proven(run)
+    found, proof = measured(run), proven(run, metrics)
     precise = all(parameter.dtype == torch.float64 for parameter in run.parameters)
     found["tolerance"] = COARSE if not precise else PROVEN if proof else SEARCHED
     if proof != "convex":
@@ -74,9 +78,11 @@ def measured(run: Run) -> dict[str, Any]:
     differentiated(run, items)
     gradient = Gradient(run.change)
     bounds = [bound for one in run.constraints.values() if (bound := one.bound(gradient)) is not None]
-    for constraint in run.constraints.values():
-        constraint.hold(gradient)
-    residual = gradient.norm() if budgets is None else held_by_budget(run, gradient, limits, budgets)
+    holds = [partial(one.hold, gradient) for one in run.constraints.values() if type(one).hold is not Constraint.hold]
+    if budgets is not None and budgets > -FEASIBLE:
+        holds.append(partial(hold_budget, run, gradient, limits))
+    keep_free(run, holds)
+    residual = gradient.norm()
     scale = run.state.first_gradient
     found = {
         "residual": residual / scale if scale else math.inf,
@@ -133,8 +139,35 @@ def portions(run: Run, items: Sequence[int]) -> list[list[int]]:
     return by_tokens(run.plan.sizes, items, run.trainer.micro_batch)
 
 
-def held_by_budget(run: Run, gradient: Gradient, limits: Sequence[Tensor | None], excess: float) -> float:
-    """The least norm of gradient + multiplier * gradient of the budget, multiplier >= 0, where the budget is used up.
+def keep_free(run: Run, holds: Sequence[Callable[[], None]]) -> None:
+    """Take from the gradient what these hold back together, each of which takes what it holds back alone.
+
+    -gradient is projected on the intersection of their tangent cones: Boyle and Dykstra 1986.
+    """
+    if len(holds) == 1:
+        return holds[0]()
+    taken = [[torch.zeros_like(one) for one in gradients_of(run)] for _ in holds]
+    for _ in range(ROUNDS if holds else 0):
+        run.session.pause()
+        changed = 0.0
+        for i, hold in enumerate(holds):
+            with_taken = [one.add_(other).clone() for one, other in zip(gradients_of(run), taken[i])]
+            hold()
+            now = [before.sub_(after) for before, after in zip(with_taken, gradients_of(run))]
+            changed = math.hypot(changed, *(float((one - other).norm()) for one, other in zip(now, taken[i])))
+            taken[i] = now
+        if changed <= SETTLED * run.state.first_gradient:
+            break
+    return None
+
+
+def gradients_of(run: Run) -> list[Tensor]:
+    """Of all weights that have one."""
+    return [parameter.grad for parameter in run.parameters if parameter.grad is not None]
+
+
+def hold_budget(run: Run, gradient: Gradient, limits: Sequence[Tensor | None]) -> None:
+    """Add that multiple, at least 0, of the gradient of a budget that is used up which leaves the least norm.
 
     The square of the norm is a parabola in the multiplier: three of its values tell the best one.
     """
@@ -149,12 +182,10 @@ def held_by_budget(run: Run, gradient: Gradient, limits: Sequence[Tensor | None]
     at = [with_multiplier(0.0), with_multiplier(1.0), with_multiplier(1.0)]  # at 0, 1 and 2
     curvature = at[2] ** 2 - 2 * at[1] ** 2 + at[0] ** 2
     slope = at[1] ** 2 - at[0] ** 2 - curvature / 2
-    best = max(0.0, -slope / curvature) if curvature > 0 else 0.0
-    multiplier = best if excess > -FEASIBLE else 0.0
-    return with_multiplier(multiplier - 2)
+    with_multiplier((max(0.0, -slope / curvature) if curvature > 0 else 0.0) - 2)
 
 
-def proven(run: Run) -> str:
+def proven(run: Run, metrics: Mapping[str, float]) -> str:
     """Why a stationary policy is the optimum: "convex", "closed form"; "" where nothing says so."""
     known = run.state.proof
     table = isinstance(run.session.spec.model, Tabular)
@@ -162,7 +193,7 @@ def proven(run: Run) -> str:
     if known or not (table and one_token):
         return known
     if isinstance(run.loss, RLHF) and not run.constraints:
-        error = 1 - run.state.latest.get("objective/attained", math.nan)
+        error = 1 - metrics.get("objective/attained", math.nan)
         return "closed form" if error <= FEASIBLE else ""
     fixed = not getattr(run.loss, "weights_move", False)
     convex = fixed and getattr(run.loss, "convex", False) and all(one.convex for one in run.constraints.values())
