@@ -42,13 +42,13 @@ class L2Ball(Projection):
 
     def hold(self, gradient: Gradient) -> None:
         """A pull along the change, away from the start, is held back by so much of it as stands at the boundary."""
-        inner, norms, reach = gradient.inner(), self.change.norms(), gradient.reach()
+        inner, norms = gradient.inner(), self.change.norms()
         groups = [[name] for name in norms] if self.per_tensor else [list(norms)]
         for group in groups:
-            size, moved = (math.hypot(*(one[name] for name in group)) for one in (norms, reach))
+            size = math.hypot(*(norms[name] for name in group))
             outward = max(0.0, -sum(inner[name] for name in group if name in inner))
-            if moved:
-                gradient.add_change(dict.fromkeys(group, outward / moved**2 * min(1.0, size / self.radius)))
+            if size:
+                gradient.add_change(dict.fromkeys(group, outward / size**2 * min(1.0, size / self.radius)))
 
     def bound(self, gradient: Gradient) -> float:
         norms = gradient.norms()

@@ -82,7 +82,7 @@ def setting_of(constraints: Mapping[str, Constraint], size: int) -> Setting:
             if key == "budgets":
                 before.append(value)
             else:
-                setattr(found, key, value if before in (None, 0.0, 1.0) else _both(key, before, value))
+                setattr(found, key, value if before == getattr(Setting(), key) else _both(key, before, value))
     _check(found)
     return found
 

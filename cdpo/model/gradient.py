@@ -50,17 +50,12 @@ class Gradient:
             found[name] = float((_grad(tall) * tall.detach()).sum(dtype=torch.float64))
         return found
 
-    def reach(self) -> dict[str, float]:
-        """L2 norm of the change of every weight, of weights outside adapters where the gradient is not zero."""
-        norms = self.change.norms()
-        return norms | {name: float((delta * (g != 0)).norm()) for name, g, delta in self.plain()}
-
     @torch.no_grad()
     def add_change(self, shares: dict[str, float]) -> None:
-        """gradient <- gradient + share * (theta - theta_0) for the named weights, but where it is zero."""
+        """gradient <- gradient + share * (theta - theta_0) for the named weights."""
         for name, gradient, delta in self.plain():
             if share := shares.get(name):
-                gradient += share * delta * (gradient != 0)
+                gradient += share * delta
         for name, layer in self.change.adapted.items():
             if share := shares.get(name):
                 tall, wide = factors(layer)
@@ -90,7 +85,7 @@ def _tangent_norm(layer: object) -> float:
     scaling = layer.scaling[layer.active_adapters[0]]  # type: ignore[attr-defined]
     right = _basis_part(wide.detach().mT, _grad(tall).double() / scaling)
     left = _basis_part(tall.detach(), _grad(wide).mT.double() / scaling)
-    rows = torch.linalg.qr(wide.detach().mT.double()).Q
+    rows = _basis_part(wide.detach().mT, wide.detach().mT.double())
     both = left.mT @ rows
     square = right.square().sum() + left.square().sum() - both.square().sum()
     return math.sqrt(max(float(square), 0.0))

@@ -14,13 +14,15 @@ items           Items that the gradient is a mean over
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cdpo.constraints.constraint import Constraint
 from cdpo.data.packing import by_tokens
 from cdpo.losses.candidates import RLHF
 from cdpo.losses.loss import per_unit, unit_weight
@@ -31,19 +33,21 @@ from cdpo.training.run import Run
 PROVEN, SEARCHED = 1e-5, 1e-3  # of the residual: the error of the objective is of its square; 1e-3 at infinity
 COARSE = 1e-2  # of weights in fewer digits
 FEASIBLE = 1e-6  # nats
+ROUNDS, SETTLED = 1000, 1e-8  # of several constraints that hold a gradient back together; beside the first gradient
 
 
-def certify(run: Run) -> dict[str, Any]:
-    """The certificate of the policy as it is; it costs a gradient over `trainer.certificate_items` Items.
+def certify(run: Run, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """The certificate of the policy as it is, of which an evaluation has found these metrics.
 
-    May be interrupted between batches (Preempted). All ranks compute the same.
+    It costs a gradient over `trainer.certificate_items` Items, and may be interrupted between batches (Preempted). All
+    ranks compute the same.
     """
     reason = uncertified(run)
     if reason:
         return {"status": "none", "says": reason, "mend": ""}
     found = measured(run)
     precise = all(parameter.dtype == torch.float64 for parameter in run.parameters)
-    proof = proven(run) if precise and found["items"] == len(run.train.items) else ""
+    proof = proven(run, metrics) if precise and found["items"] == len(run.train.items) else ""
     found["tolerance"] = COARSE if not precise else PROVEN if proof else SEARCHED
     if proof != "convex":
         found.pop("bound", None)
@@ -73,25 +77,25 @@ def measured(run: Run) -> dict[str, Any]:
     """The numbers of a certificate."""
     run.scorer.eval()
     items = sample(len(run.train.items), run.trainer.certificate_items, run.plan.seed)
-    excess = differentiated(run, items, excess=True)
-    limits = taken(run)
+    budgets = differentiated(run, items, excess=True)
+    limits = [parameter.grad for parameter in run.parameters]
     differentiated(run, items)
-    bounds = [bound for one in run.constraints.values() if (bound := one.bound(Gradient(run.change))) is not None]
-    scale, residual = run.state.first_gradient, least_residual(run, limits, excess)
-    taken(run)
-    return {
+    gradient = Gradient(run.change)
+    bounds = [bound for one in run.constraints.values() if (bound := one.bound(gradient)) is not None]
+    holds = [partial(one.hold, gradient) for one in run.constraints.values() if type(one).hold is not Constraint.hold]
+    if budgets is not None and budgets > -FEASIBLE:
+        holds.append(partial(hold_budget, run, gradient, limits))
+    keep_free(run, holds)
+    residual = gradient.norm()
+    scale = run.state.first_gradient
+    found = {
         "residual": residual / scale if scale else math.inf if residual else 0.0,
         **({"bound": max(0.0, min(bounds))} if bounds else {}),
-        **({} if excess is None else {"infeasibility": max(0.0, excess)}),
+        **({} if budgets is None else {"infeasibility": max(0.0, budgets)}),
         **run.state.search,
         "norm": run.change.norm(),
         "items": len(items),
     }
-
-
-def taken(run: Run) -> list[Tensor | None]:
-    """The gradients, which no longer lie on the parameters."""
-    found = [parameter.grad for parameter in run.parameters]
     for parameter in run.parameters:
         parameter.grad = None
     return found
@@ -107,7 +111,8 @@ def differentiated(run: Run, items: Sequence[int], excess: bool = False) -> floa
 
     None, and no gradient, where nothing has a budget.
     """
-    taken(run)
+    for parameter in run.parameters:
+        parameter.grad = None
     total, weights = 0.0, sum(run.item_weights[i] for i in items)
     for portion in by_tokens(run.plan.sizes, items, run.trainer.micro_batch):
         run.session.pause()
@@ -131,36 +136,53 @@ def differentiated(run: Run, items: Sequence[int], excess: bool = False) -> floa
     return total
 
 
-def least_residual(run: Run, limits: Sequence[Tensor | None], excess: float | None) -> float:
-    """Norm of what the constraints do not hold back; a used-up budget holds back a multiple of its own gradient.
+def keep_free(run: Run, holds: Sequence[Callable[[], None]]) -> None:
+    """Take from the gradient what these hold back together, each of which takes what it holds back alone.
 
-    The multiplier is the constraint's own, or the one with the least norm before anything else holds back: the square
-    of that norm is a parabola in the multiplier, which three of its values tell.
+    -gradient is projected on the intersection of their tangent cones: Boyle and Dykstra 1986.
     """
-    gradient, objective = Gradient(run.change), taken(run)
+    if len(holds) == 1:
+        return holds[0]()
+    taken = [[torch.zeros_like(one) for one in gradients_of(run)] for _ in holds]
+    for _ in range(ROUNDS if holds else 0):
+        run.session.pause()
+        changed = 0.0
+        for i, hold in enumerate(holds):
+            with_taken = [one.add_(other).clone() for one, other in zip(gradients_of(run), taken[i])]
+            hold()
+            now = [before.sub_(after) for before, after in zip(with_taken, gradients_of(run))]
+            changed = math.hypot(changed, *(float((one - other).norm()) for one, other in zip(now, taken[i])))
+            taken[i] = now
+        if changed <= SETTLED * run.state.first_gradient:
+            break
+    return None
 
-    def put(multiplier: float) -> None:
-        for parameter, own, limit in zip(run.parameters, objective, limits):
-            moved = None if limit is None else multiplier * limit
-            parameter.grad = moved if own is None else own.clone() if moved is None else own + moved
 
-    def norm(multiplier: float, held: bool) -> float:
-        put(multiplier)
-        weight_by_weight_first = sorted(run.constraints.values(), key=lambda one: one.euclidean)
-        for constraint in weight_by_weight_first if held else ():
-            constraint.hold(gradient)
+def gradients_of(run: Run) -> list[Tensor]:
+    """Of all weights that have one."""
+    return [parameter.grad for parameter in run.parameters if parameter.grad is not None]
+
+
+def hold_budget(run: Run, gradient: Gradient, limits: Sequence[Tensor | None]) -> None:
+    """Add that multiple, at least 0, of the gradient of a budget that is used up which leaves the least norm.
+
+    The square of the norm is a parabola in the multiplier: three of its values tell the best one.
+    """
+
+    def with_multiplier(step: float) -> float:
+        with torch.no_grad():
+            for parameter, limit in zip(run.parameters, limits):
+                if limit is not None and parameter.grad is not None:
+                    parameter.grad += step * limit
         return gradient.norm()
 
-    if excess is None or excess < -FEASIBLE:
-        return norm(0.0, held=True)
-    at = [norm(multiplier, held=False) ** 2 for multiplier in (0.0, 1.0, 2.0)]
-    curvature = at[2] - 2 * at[1] + at[0]
-    best = max(0.0, (at[0] - at[1]) / curvature + 0.5) if curvature > 0 else 0.0
-    own = [c.multiplier for c in run.constraints.values() if hasattr(c, "multiplier")]
-    return min(norm(multiplier, held=True) for multiplier in (best, *own))
+    at = [with_multiplier(0.0), with_multiplier(1.0), with_multiplier(1.0)]  # at 0, 1 and 2
+    curvature = at[2] ** 2 - 2 * at[1] ** 2 + at[0] ** 2
+    slope = at[1] ** 2 - at[0] ** 2 - curvature / 2
+    with_multiplier((max(0.0, -slope / curvature) if curvature > 0 else 0.0) - 2)
 
 
-def proven(run: Run) -> str:
+def proven(run: Run, metrics: Mapping[str, float]) -> str:
     """Why a stationary policy is the optimum: "convex", "closed form"; "" where nothing says so."""
     known = run.state.proof
     table = isinstance(run.session.spec.model, Tabular)
@@ -168,7 +190,7 @@ def proven(run: Run) -> str:
     if known or not (table and one_token):
         return known
     if isinstance(run.loss, RLHF) and not run.constraints:
-        error = 1 - run.state.latest.get("objective/attained", math.nan)
+        error = 1 - metrics.get("objective/attained", math.nan)
         return "closed form" if error <= FEASIBLE else ""
     fixed = not getattr(run.loss, "weights_move", False)
     convex = fixed and getattr(run.loss, "convex", False) and all(one.convex for one in run.constraints.values())

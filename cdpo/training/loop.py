@@ -224,8 +224,7 @@ def evaluate_if_due(run: Run, journal: Journal) -> None:
         if state.stopped and not due:
             found = evaluate(run)
         if run.ended and found is not None:
-            state.latest |= found.metrics  # of which RLHF's closed form is judged
-            state.certificate = certify(run)
+            state.certificate = certify(run, found.metrics)
             found.metrics.update(numbers_of(state.certificate))
     except Preempted:
         return

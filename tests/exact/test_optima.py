@@ -1,0 +1,44 @@
+"""optimizer=exact finds the optima that `independent_gap.py` finds, which shares no line with cdpo."""
+
+from __future__ import annotations
+
+import pytest
+from exact_worlds import limited, solved, world
+from independent_gap import LOSSES, World, optimum
+
+SETS = [("none", 0.0), ("ball", 1.5), ("box", 0.4), ("penalty", 0.05), ("kl", 0.1), ("rank", 1), ("rank", 2)]
+FAST = [("dpo", "ball", 1.5), ("ipo", "box", 0.4), ("rlhf", "kl", 0.1), ("rlhf", "ball", 1.5), ("dpo", "rank", 1)]
+
+
+def compare(cell, beta, path, folder):
+    """Attained, objective and certificate of a cell against the independent solver."""
+    loss, kind, size = cell
+    own = [f"loss={loss}", f"beta={beta}", *([f"loss.tau={beta}"] if loss == "ipo" else [])]
+    summary = solved(path, folder, *own, *limited(kind, size))
+    theirs, metrics, certificate = World.read(path), summary["metrics"], summary["certificate"]
+    theta = optimum(theirs, loss, beta, kind, size)
+    attained, value = theirs.attained(theta, beta), LOSSES[loss](theirs, beta, theta)[0]
+    exact = loss == "rlhf" and kind in ("none", "kl")  # in closed form
+    convex = loss != "rlhf" and kind not in ("kl", "rank")
+    assert certificate["status"] == ("certified" if exact or convex else "searched"), certificate
+    if exact:
+        assert metrics["objective/attained"] == pytest.approx(attained, abs=1e-8)
+    elif kind == "rank" or (kind == "kl" and loss != "rlhf"):
+        better = metrics["objective/attained"] - attained if loss == "rlhf" else value - metrics["eval/loss"]
+        assert better > -1e-3 * (1 if loss == "rlhf" else max(1.0, abs(value)))
+    else:
+        assert metrics["objective/attained"] == pytest.approx(attained, abs=1e-6)
+
+
+@pytest.mark.parametrize("cell", FAST, ids=lambda cell: "-".join(map(str, cell)))
+def test_it_finds_the_optima_of_an_independent_solver(cell, tmp_path):
+    compare(cell, 1.0, world("ragged", tmp_path), tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "beta"), [("ragged", 0.3), ("wide", 1.0), ("tall", 3.0)])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_it_finds_them_in_all_worlds_at_all_temperatures(name, beta, loss, tmp_path):
+    path = world(name, tmp_path)
+    for kind, size in SETS:
+        compare((loss, kind, size), beta, path, tmp_path / f"{kind}{size}")
