@@ -22,6 +22,7 @@ class DPOPositive(PairLoss):
 
     penalty: float = 50.0  # their lambda, above 0
     convex: ClassVar[bool] = True  # the bracket is concave, as Δ is
+    kinks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,6 +25,7 @@ class Combined:
     parts: Iterable[Loss]
     unit: ClassVar[Literal["pair"]] = "pair"
     weights_move: ClassVar[Any] = _of_any("weights_move")
+    kinks: ClassVar[Any] = _of_any("kinks")
     reads_progress: ClassVar[Any] = _of_any("reads_progress")
     reads_baseline: ClassVar[Any] = _of_any("reads_baseline")
     reads_rewards: ClassVar[Any] = _of_any("reads_rewards")

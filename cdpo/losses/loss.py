@@ -43,6 +43,7 @@ class PairLoss:
     convex: ClassVar[bool] = False
     # the value is no objective that its gradient descends: a factor or shift moves with the policy, without a gradient
     weights_move: ClassVar[bool] = False
+    kinks: ClassVar[bool] = False  # convex with corners, where an optimum may lie and no gradient vanishes
     reads_progress: ClassVar[bool] = False  # `Logps.progress`: the objective changes from step to step
     reads_baseline: ClassVar[bool] = False  # `Logps.baseline`, None for others: it costs a wait for the device per step
     reads_rewards: ClassVar[bool] = False  # `Logps.rewards`

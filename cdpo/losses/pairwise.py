@@ -85,6 +85,7 @@ class Hinge(PairLoss):
 
     beta: float = 0.1  # 1 / beta is the margin beyond which a pair no longer counts
     convex: ClassVar[bool] = True
+    kinks: ClassVar[bool] = True
 
     def __call__(self, logps: Logps) -> Tensor:
         return F.relu(1 - self.beta * logps.margin())

@@ -68,6 +68,8 @@ def uncertified(run: Run) -> str:
             return f"{name}: {constraint.no_optimum}"
     if getattr(run.loss, "whole_steps", False) and len(run.train.items) > run.plan.batch_size:
         return "this loss is another one for other portions of the data"
+    if getattr(run.loss, "kinks", False):
+        return "this loss has corners, at which no gradient vanishes"
     if run.ranks.sharded:
         return "weights are sharded, so that no gradient lies in one place"
     return "" if run.trainer.certificate_items else "trainer.certificate_items=0"

@@ -63,6 +63,7 @@ def _check_exact(spec: Config) -> None:
     reasons = {
         "reads_baseline": "reads means of earlier steps",
         "reads_progress": "is another one in every step",
+        "kinks": "has corners, at which no gradient vanishes",
         "whole_steps": "mixes all pairs of a step, and many searches share one",
     }
     if reason := next((why for name, why in reasons.items() if getattr(spec.loss, name, False)), None):

@@ -30,6 +30,7 @@ class Processes(Launcher):
 
     def __init__(self, **options: Any) -> None:
         self.options = options  # those of conf/hydra/launcher
+        self.said = False  # what is done on tables
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Hydra's own; the task function is not used, as runs are carried out by other processes."""
@@ -53,6 +54,9 @@ class Processes(Launcher):
         found = self._composed(overrides)
         if told(overrides, self.config) or not solvable(found):
             return found
+        if not self.said:
+            self.said = True
+            print("on a table runs search for the optimum, by optimizer=exact; optimizer=adamw trains", file=sys.stderr)
         return self._composed([*overrides, "optimizer=exact"])
 
     def _composed(self, overrides: Sequence[str]) -> Task | Outcome:

@@ -26,6 +26,8 @@ REFUSED = {  # overrides, and what the message names
     "other_models": (["model=tiny"], "optimizer=exact solves model=tabular"),
     "more_steps": (["trainer.max_steps=2"], "leave trainer.max_steps=1"),
     "baseline": (["loss=bco"], "this loss reads means of earlier steps"),
+    "kinks": (["loss=hinge"], "this loss has corners"),
+    "kinks_within": (["loss=dpo_positive"], "this loss has corners"),
     "progress": (["loss=gaussian_annealed"], "this loss is another one in every step"),
     "whole_steps": (["loss=aot"], "this loss mixes all pairs of a step"),
     "learning_rate": (["optimizer.learning_rate=0.1"], "learning_rate"),
