@@ -17,7 +17,8 @@ from cdpo.config.task import Task
 from cdpo.sweep.exact import solvable, told
 from cdpo.sweep.polish import to_polish
 
-WORLD = ("model=tabular", "logger=none", "beta=1", "dataset.prompts=4", "dataset.alphabet=3")
+WORLD = ("model=tabular", "logger=none", "beta=1")
+SMALL = ("dataset.prompts=4", "dataset.alphabet=3")
 
 
 def sweep(folder: Path, *overrides: str) -> str:
@@ -42,7 +43,8 @@ def summary(directory: Path) -> dict:
 
 def test_the_gap_of_a_table_is_zero_without_a_constraint_and_searched_under_a_rank(tmp_path):
     losses = ("rlhf", "dpo")
-    sweep(tmp_path, f"loss={','.join(losses)}", "constraint=none,lora_r1")
+    larger = ("dataset.prompts=6", "dataset.alphabet=4")
+    sweep(tmp_path, *larger, f"loss={','.join(losses)}", "constraint=none,lora_r1")
     found, gaps = runs(tmp_path), pd.read_csv(tmp_path / "swept/gap.csv").set_index(["loss", "constraint"])["gap"]
     assert abs(gaps["dpo", "none"]) < 1e-9
     assert gaps["dpo", "lora_r1"] > 0.001
@@ -63,14 +65,14 @@ def test_the_gap_of_a_table_is_zero_without_a_constraint_and_searched_under_a_ra
     best = summary(found["rlhf", "lora_r1"])["metrics"]["objective/J"]
     assert all(summary(found[loss, "lora_r1"])["metrics"]["objective/J"] <= best + 1e-9 for loss in losses)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")}
-    sweep(tmp_path, f"loss={','.join(losses)}", "constraint=none,lora_r1")
+    sweep(tmp_path, *larger, f"loss={','.join(losses)}", "constraint=none,lora_r1")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")} == before
 
 
 def test_a_search_goes_on_from_a_solution_that_it_could_not_find(tmp_path):
     """One start and one step, but the solution of a thorough search is put beside it: the run ends there."""
     thorough, poor = tmp_path / "thorough", tmp_path / "poor"
-    settings = (*WORLD, "loss=rlhf", "constraint=lora_r1", "optimizer=exact")
+    settings = (*WORLD, *SMALL, "loss=rlhf", "constraint=lora_r1", "optimizer=exact")
     best = train(composed(*settings, "optimizer.starts=40"), thorough)["metrics"]["objective/J"]
     poor.mkdir()
     shutil.copy(thorough / "solution.safetensors", poor / "starts.safetensors")
@@ -79,7 +81,7 @@ def test_a_search_goes_on_from_a_solution_that_it_could_not_find(tmp_path):
 
 
 def test_the_command_line_can_tell_how_to_train(tmp_path):
-    sweep(tmp_path, "loss=dpo,ipo", "optimizer=adamw", "trainer.max_steps=2")
+    sweep(tmp_path, *SMALL, "loss=dpo,ipo", "optimizer=adamw", "trainer.max_steps=2")
     assert {summary(path)["steps"] for path in runs(tmp_path).values()} == {2}
 
 
