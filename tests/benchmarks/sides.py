@@ -83,6 +83,7 @@ def settings(work: Path, folder: Path, options: dict[str, Any], constraint: str 
         "dataset": "jsonl",
         "dataset.path": work / "cdpo.jsonl",
         "dataset.eval_size": 0,
+        "dataset.labels": "hard",  # as TRL has them
         "loss": "dpo",
         "constraint": f"[{'lora_r8,' if options['lora'] else ''}{constraint}]",
         "logger": "none",
