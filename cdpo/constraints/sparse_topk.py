@@ -43,9 +43,9 @@ class SparseTopK(Projection):
             "a low-rank change with most weights put back is no longer of low rank" if isinstance(other, LoRA) else ""
         )
 
-    def allowed(self) -> int:
-        """How many weights may differ from their start."""
-        return self.k or max(1, int((self.fraction or 1.0) * self.change.trainable()))
+    def allowed(self, trained: int) -> int:
+        """How many of so many weights may differ from their start."""
+        return self.k or max(1, int((self.fraction or 1.0) * trained))
 
     def hold(self, gradient: Gradient) -> None:
         """What no weight of the support may do; other supports are not looked at."""
@@ -53,9 +53,10 @@ class SparseTopK(Projection):
 
     def after_step(self, model: nn.Module, metrics: Mapping[str, float]) -> None:
         moved = torch.cat([delta.abs().flatten() for _, delta in self.change.deltas()])
-        if self.record(self.allowed() - int(moved.count_nonzero())):
+        allowed = self.allowed(len(moved))
+        if self.record(allowed - int(moved.count_nonzero())):
             kept = torch.zeros_like(moved, dtype=torch.bool)
-            kept[moved.topk(self.allowed(), sorted=False).indices] = True
+            kept[moved.topk(allowed, sorted=False).indices] = True
             self._put_back(kept)
 
     def _put_back(self, kept: Tensor) -> None:

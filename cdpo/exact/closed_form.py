@@ -22,19 +22,19 @@ def closed_form(table: Table, loss: Loss, setting: Setting) -> tuple[Tensor, Ten
 
     [C * V], []
     """
-    known = isinstance(loss, (RLHF, OnPolicyRegression)) and setting == Setting(budgets=setting.budgets)
+    known = isinstance(loss, (RLHF, OnPolicyRegression)) and setting == Setting(budget=setting.budget)
     fitted = getattr(loss, "rewards", "data") == "fitted"
     rewards = table.batch.fitted_rewards if fitted else table.batch.rewards
     if not known or rewards is None or not table.one_token:
         return None
     tilt = table.placed(rewards)
     beta = loss.beta  # type: ignore[attr-defined]
-    if not setting.budgets or _kl(table, tilt / beta) <= min(setting.budgets):
+    if setting.budget is None or _kl(table, tilt / beta) <= setting.budget:
         return tilt / beta, tilt.new_zeros(())
     low, high = 0.0, LARGEST
     for _ in range(BISECTIONS):
         middle = (low * high) ** 0.5 if low else min(1.0, high / 2)
-        inside = _kl(table, tilt / (beta + middle)) <= min(setting.budgets)
+        inside = _kl(table, tilt / (beta + middle)) <= setting.budget
         low, high = (low, middle) if inside else (middle, high)
         if high - low <= 1e-15 * high:
             break

@@ -55,27 +55,38 @@ class Descent:
     has_values: bool = True
 
 
-def lbfgs(how: Descent, x: Tensor) -> Points:
-    """Limited-memory BFGS with a line search for the weak Wolfe conditions, as Lewis and Overton 2013 do it.
+def descend(how: Descent, now: Points, move: Callable[[Tensor, Points], tuple[Points, Tensor]]) -> Points:
+    """Move the starts that have not arrived until they have, or are stuck, or there were enough steps.
 
-    [S, n] -> S points. Liu and Nocedal 1989.
+    `move` gets the numbers of the starts and where they are; it returns where they go, and which of them are stuck.
     """
-    now, memory = Points.at(how.function, x), Memory(x)
-    alive = torch.ones(len(x), dtype=torch.bool)
+    alive = torch.ones(len(now.x), dtype=torch.bool)
     for _ in range(how.steps):
         alive &= ~how.arrived(now)
         if not alive.any():
             break
         at = alive.nonzero().flatten()
-        here = now[at]
+        there, stuck = move(at, now[at])
+        alive[at[stuck]] = False
+        now = now.put(at, there)
+    return now
+
+
+def lbfgs(how: Descent, x: Tensor) -> Points:
+    """Limited-memory BFGS with a line search for the weak Wolfe conditions, as Lewis and Overton 2013 do it.
+
+    [S, n] -> S points. Liu and Nocedal 1989.
+    """
+    memory = Memory(x)
+
+    def move(at: Tensor, here: Points) -> tuple[Points, Tensor]:
         direction = memory.direction(at, here.gradient)
         there, moved = line_search(how, here, direction, memory.first_step(at, here.gradient))
         memory.add(at, there.x - here.x, there.gradient - here.gradient)
         memory.forget(at[~moved])
-        stuck = at[~moved & (memory.failed[at] > 1)]  # steepest descent from there failed too
-        alive[stuck] = False
-        now = now.put(at, there)
-    return now
+        return there, ~moved & (memory.failed[at] > 1)  # steepest descent from there failed too
+
+    return descend(how, Points.at(how.function, x), move)
 
 
 class Memory:
@@ -168,28 +179,23 @@ def projected_gradient(how: Descent, x: Tensor, project: Callable[[Tensor], Tens
 
     Feasible at every step. [S, n] -> S points
     """
-    now = Points.at(how.function, project(x))
-    length = 1 / torch.linalg.vector_norm(now.gradient, dim=1).clamp(min=1e-300)
-    recent = now.value[None]
-    alive = torch.ones(len(x), dtype=torch.bool)
-    for _ in range(how.steps):
-        alive &= ~how.arrived(now)
-        if not alive.any():
-            break
-        at = alive.nonzero().flatten()
-        here = now[at]
+    start = Points.at(how.function, project(x))
+    length = 1 / torch.linalg.vector_norm(start.gradient, dim=1).clamp(min=1e-300)
+    recent = [start.value]  # of all starts, the last one newest
+
+    def move(at: Tensor, here: Points) -> tuple[Points, Tensor]:
         direction = project(here.x - length[at, None] * here.gradient) - here.x
-        there, moved = backtrack(how, replace(here, value=recent[:, at].amax(0)), direction)
+        highest = torch.stack(recent)[:, at].amax(0)
+        there, moved = backtrack(how, replace(here, value=highest), direction)
         there = here.put(moved.nonzero().flatten(), there[moved])
         s, y = there.x - here.x, there.gradient - here.gradient
         curvature = (s * y).sum(1)
-        length[at] = torch.where(
-            curvature > 0, (s.square().sum(1) / curvature.clamp(min=1e-300)).clamp(1e-10, 1e10), 1e3
-        )
-        alive[at[~moved]] = False
-        now = now.put(at, there)
-        recent = torch.cat([recent, now.value[None]])[-MONOTONE:]
-    return now
+        spectral = (s.square().sum(1) / curvature.clamp(min=1e-300)).clamp(1e-10, 1e10)
+        length[at] = torch.where(curvature > 0, spectral, 1e3)
+        recent[:] = [*recent, recent[-1].index_copy(0, at, there.value)][-MONOTONE:]
+        return there, ~moved
+
+    return descend(how, start, move)
 
 
 def backtrack(how: Descent, here: Points, direction: Tensor) -> tuple[Points, Tensor]:

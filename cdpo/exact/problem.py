@@ -6,8 +6,7 @@ Knows the table, the loss and what is added to it; nothing of sets, steps or fil
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ class Table:
 
     start: Tensor  # [C, V]; logits of the reference
     batch: Batch
-    copies: dict[int, dict[str, Any]] = field(default_factory=dict, compare=False)  # the constants of S copies
+    copies: dict[int, Logps] = field(default_factory=dict, compare=False)  # of the data, by their number
 
     @property
     def size(self) -> int:
@@ -64,31 +63,11 @@ class Table:
 
     def logps(self, change: Tensor) -> Logps:
         """What a loss is given of S policies, as S copies of the data; training is over, so progress is 1."""
-        policy = self.policy(change)
-        return Logps(policy.flatten(), **self._constants(len(policy)), progress=1.0, baseline=None)
-
-    def _constants(self, copies: int) -> dict[str, Any]:
-        if copies not in self.copies:
-            known = {one.name: getattr(self.batch, one.name) for one in _shared_fields(self.batch)}
-            repeated = {name: _repeated(value, copies) for name, value in known.items()}
-            items, responses, pairs = len(self.batch.sources), len(self.batch.length), len(self.batch.pairs)
-            number = torch.arange(copies)
-            repeated["item"] = repeated["item"] + items * torch.repeat_interleave(number, responses)
-            repeated["pairs"] = repeated["pairs"] + responses * torch.repeat_interleave(number, pairs)[:, None]
-            self.copies[copies] = repeated
-        return self.copies[copies]
-
-
-def _shared_fields(batch: Batch) -> list[Any]:
-    """The constants of a batch that a loss sees."""
-    names = {one.name for one in fields(Logps)} - {"policy", "progress", "baseline"}
-    return [one for one in fields(batch) if one.name in names]
-
-
-def _repeated(value: Any, times: int) -> Any:
-    if isinstance(value, Tensor):
-        return value.repeat(times, *[1] * (value.ndim - 1))
-    return value * times if isinstance(value, tuple) else value
+        policy, copies = self.policy(change), self.copies
+        if len(policy) not in copies:
+            one = self.batch.logps(self.batch.reference, progress=1.0, baseline=None)
+            copies[len(policy)] = Logps.joined([one] * len(policy))
+        return replace(copies[len(policy)], policy=policy.flatten())
 
 
 @dataclass(frozen=True)
@@ -176,8 +155,3 @@ def value_and_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple
 def norms(x: Tensor) -> Tensor:
     """[S, n] -> [S]"""
     return torch.linalg.vector_norm(x, dim=1)
-
-
-def inner(x: Tensor, y: Tensor) -> Tensor:
-    """[S, n], [S, n] -> [S]"""
-    return (x * y).sum(1)

@@ -25,7 +25,7 @@ from cdpo.losses.loss import Loss
 EXPLORED = 80  # steps that every start is given
 FINALISTS, FEW = 12, 4  # starts that go on from there; few where each means many problems
 ROUNDS = 6  # of the steps, with better multipliers each
-FAR, ON = 50.0, 1.5
+FAR, ON = 50.0, 1.5  # lengths of a change: beside the free one, beside its own
 WINNERS, LAST = 3, 60  # finalists that Newton's method brings further, in so many steps
 FREE_STEPS = 300
 
@@ -155,14 +155,14 @@ class Solver:
 
     def _at_infinity(self, change: Tensor, free: Tensor) -> Tensor:
         """Whether the optimum seems to lie there. [S, C * V] -> [S]"""
-        if self.setting.bounded or self.setting.budgets or moves(self.objective.loss):
+        if self.setting.bounded or self.setting.budget or moves(self.objective.loss):
             return torch.zeros(len(change), dtype=torch.bool)
         loss = self.objective.free()
         return (loss.values(ON * change) < loss.values(change)) | (norms(change) > FAR * norms(free[None]))
 
     def budgets(self) -> list[Budget]:
         """What is to be at most 0: the KL less its budget; the norm of a product less its radius."""
-        found: list[Budget] = [partial(self._kl_left, min(self.setting.budgets))] if self.setting.budgets else []
+        found: list[Budget] = [partial(self._kl_left, self.setting.budget)] if self.setting.budget else []
         if self.setting.rank is not None and self.setting.radius is not None:
             found.append(partial(self._norm_left, self.setting.radius))
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,23 +30,18 @@ class Setting:
     radius: float | None = None  # of the L2 ball
     box: float | None = None  # of the L-infinity ball
     k: int | None = None  # numbers that may differ
-    budgets: list[float] = field(default_factory=list)  # of the KL, in nats per Item
+    budget: float | None = None  # of the KL, in nats per Item
     decay: float = 0.0
     pull: float = 0.0
 
     @property
     def convex(self) -> bool:
         """Whether the set is; a KL budget is not, in logits."""
-        return self.rank is None and self.k is None and not self.budgets
-
-    @property
-    def free(self) -> bool:
-        """Whether nothing holds the change back at all."""
-        return self == Setting()
+        return self.rank is None and self.k is None and self.budget is None
 
     @property
     def bounded(self) -> bool:
-        """Whether no optimum can lie at infinity."""
+        """Whether a set or a penalty of the weights keeps the optimum from infinity."""
         return self.radius is not None or self.box is not None or self.decay > 0 or self.pull > 0
 
     def project(self, change: Tensor) -> Tensor:
@@ -79,10 +74,7 @@ def setting_of(constraints: Mapping[str, Constraint], size: int) -> Setting:
     for name, constraint in constraints.items():
         for key, value in _meaning(name, constraint, size):
             before = getattr(found, key)
-            if key == "budgets":
-                before.append(value)
-            else:
-                setattr(found, key, value if before == getattr(Setting(), key) else _both(key, before, value))
+            setattr(found, key, value if before == getattr(Setting(), key) else _both(key, before, value))
     _check(found)
     return found
 
@@ -97,9 +89,9 @@ def _meaning(name: str, constraint: Constraint, size: int) -> Iterator[tuple[str
         case LinfBall():
             yield "box", constraint.radius
         case SparseTopK():
-            yield "k", constraint.k or max(1, int((constraint.fraction or 1.0) * size))
+            yield "k", constraint.allowed(size)
         case KLBudget():
-            yield "budgets", constraint.budget
+            yield "budget", constraint.budget
         case WeightDecay():
             yield "decay", constraint.strength
         case L2ToStart():
@@ -116,5 +108,5 @@ def _both(key: str, one: float, other: float) -> float:
 
 def _check(setting: Setting) -> None:
     """ConfigError for what no solver here does together."""
-    if setting.k is not None and (setting.budgets or setting.radius or setting.box):
+    if setting.k is not None and (setting.budget or setting.radius or setting.box):
         raise ConfigError("optimizer=exact has no solver for sparse_topk with another set; use optimizer=sgd")

@@ -1,7 +1,7 @@
 """After a sweep of optimizer=exact: each search again, from the solutions of the other losses on the same problem too.
 
-A policy that one loss led to may be better for another loss than all that its own starts found. So RLHF is at least as
-good as every loss under the same constraint, and a gap on a set is not negative, by construction.
+A policy that one loss led to may be better for another loss than all that its own starts found. RLHF is then at least
+as good as what the other losses had found by the first round; what the second finds for them may still be better.
 """
 
 from __future__ import annotations
