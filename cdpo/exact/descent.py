@@ -1,7 +1,8 @@
 """Descent of one function from many points at once: L-BFGS without constraints, spectral projected gradients on a set.
 
 Every point goes its own way, with its own step; those that have arrived are no longer computed. A function returns
-values [S] and gradients [S, n] of S points. Nothing here knows what is minimised.
+the values [S] of S points [S, n], each of its own point alone, and is differentiated here. Nothing here knows what is
+minimised.
 """
 
 from __future__ import annotations
@@ -12,13 +13,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-Function = Callable[[Tensor], tuple[Tensor, Tensor]]  # [S, n] -> [S], [S, n]
+Function = Callable[[Tensor], Tensor]  # [S, n] -> [S]
 
 HISTORY = 10  # pairs that L-BFGS remembers
 TRIALS = 30  # of a line search
 ARMIJO, WOLFE = 1e-4, 0.9
 ROUNDING = 1e-14  # relative: values closer than that are equal
 MONOTONE = 10  # steps that a projected gradient may look back for a larger value
+
+
+def value_and_gradient(function: Function, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A function of many points and its gradient at each of them. [S, n] -> [S], [S, n]"""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        value = function(x)
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+    return value.detach(), gradient
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,7 @@ class Points:
     @staticmethod
     def at(function: Function, x: Tensor) -> Points:
         """The points with what the function says of them."""
-        return Points(x, *function(x))
+        return Points(x, *value_and_gradient(function, x))
 
     def __getitem__(self, index: Tensor) -> Points:
         return Points(self.x[index], self.value[index], self.gradient[index])
@@ -53,6 +63,7 @@ class Descent:
     steps: int
     #: whether the values rank points; where a loss's weights move, only the slope along the step is looked at
     has_values: bool = True
+    enough: float = 0.0  # what a Newton step has to promise, at least, to be made
 
 
 def descend(how: Descent, now: Points, move: Callable[[Tensor, Points], tuple[Points, Tensor]]) -> Points:

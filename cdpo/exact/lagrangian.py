@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from cdpo.exact.descent import Function
-from cdpo.exact.problem import value_and_gradient
 
 Budget = Callable[[Tensor], Tensor]  # x [S, n] -> [S]; at most 0 where it is kept
 Solver = Callable[[Function, Tensor], Tensor]  # minimises a function from given points
 
 ROUNDS = 25
-STIFFNESS, STIFFEST = 10.0, 1e6  # of the quadratic term, at first and at most
-TIGHT = 1e-10  # how far a budget may be left, or lie open while its multiplier pulls
+STIFFNESS, STIFFER = 10.0, 1e5  # of the quadratic term beside what is at stake; how much more it may become
+TIGHT = 1e-10  # share by which a budget may be left, or lie open while its multiplier pulls
 
 
 @dataclass(frozen=True)
@@ -32,16 +31,22 @@ class Augmented:
 
     function: Function
     budgets: Sequence[Budget]
+    at_stake: float = 1.0  # by how much the function falls where no budget is kept
 
-    def __call__(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """[S, n + 2 budgets] -> [S], [S, n + 2 budgets]"""
+    def __call__(self, points: Tensor) -> Tensor:
+        """[S, n + 2 budgets] -> [S]"""
         x, multipliers, stiffness = self.parts(points)
-        value, gradient = self.function(x)
-        for k, budget in enumerate(self.budgets):
-            rho, mu = stiffness[:, k], multipliers[:, k]
-            term, slope = value_and_gradient(lambda y: rho / 2 * (budget(y) + mu / rho).clamp(min=0).square(), x)  # noqa: B023
-            value, gradient = value + term, gradient + slope
-        return value, torch.nn.functional.pad(gradient, (0, 2 * len(self.budgets)))
+        value = self.function(x)
+        for budget, mu, rho in zip(self.budgets, multipliers.detach().mT, stiffness.detach().mT):
+            value = value + rho / 2 * (budget(x) + mu / rho).clamp(min=0).square()
+        return value
+
+    def begun(self, x: Tensor) -> Tensor:
+        """Points without multipliers yet, and so stiff that no start gains by leaving a budget far behind, where it
+        may be flat. [S, n] -> [S, n + 2 budgets]
+        """
+        none = x.new_zeros(len(x), len(self.budgets))
+        return torch.cat([x, none, torch.full_like(none, STIFFNESS * self.at_stake)], dim=1)
 
     def parts(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x, multipliers and stiffnesses. [S, n], 2 x [S, budgets]"""
@@ -50,18 +55,17 @@ class Augmented:
         return x, multipliers, stiffness
 
 
-def within_budgets(function: Function, budgets: Sequence[Budget], solve: Solver, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Points that minimise a function where every budget is kept, and multipliers. [S, n] -> [S, n], [S, budgets]"""
-    augmented = Augmented(function, budgets)
-    multipliers = x.new_zeros(len(x), len(budgets))
-    stiffness, worst = torch.full_like(multipliers, STIFFNESS), torch.full_like(multipliers, torch.inf)
+def within_budgets(augmented: Augmented, solve: Solver, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Points that minimise its function where every budget is kept, and multipliers. [S, n] -> [S, n], [S, budgets]"""
+    x, multipliers, stiffness = augmented.parts(augmented.begun(x))
+    worst, stiffest = torch.full_like(multipliers, torch.inf), STIFFER * stiffness
     for _ in range(ROUNDS):
         x, _, _ = augmented.parts(solve(augmented, torch.cat([x, multipliers, stiffness], dim=1)))
-        excess = torch.stack([budget(x) for budget in budgets], dim=1).detach()
+        excess = torch.stack([budget(x) for budget in augmented.budgets], dim=1).detach()
         violation = torch.maximum(excess, -multipliers / stiffness).abs()
         multipliers = (multipliers + stiffness * excess).clamp(min=0)
         if bool((violation <= TIGHT).all()):
             break
-        stiffness = torch.where(violation > worst / 4, 4 * stiffness, stiffness).clamp(max=STIFFEST)
+        stiffness = torch.where(violation > worst / 4, 4 * stiffness, stiffness).minimum(stiffest)
         worst = violation
     return x, multipliers

@@ -5,7 +5,6 @@ Knows the table, the loss and what is added to it; nothing of sets, steps or fil
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -122,7 +121,7 @@ class Objective:
         """Numbers of x."""
         return self.table.size if self.rank is None else self.rank * sum(self.table.start.shape)
 
-    def values(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """f at every point. [S, n] -> [S]"""
         change = self.change(x)
         logps = self.table.logps(change)
@@ -134,22 +133,9 @@ class Objective:
             total = total + self.decay / 2 * trained.square().sum(1)
         return total + self.pull / 2 * change.square().sum(1) if self.pull else total
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """f and its gradient at every point. [S, n] -> [S], [S, n]"""
-        return value_and_gradient(self.values, x)
-
     def free(self) -> Objective:
         """The same without a rank and without what is added to the loss."""
         return replace(self, rank=None, decay=0.0, pull=0.0)
-
-
-def value_and_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """A function of many points and its gradient at each of them. [S, n] -> [S], [S, n]"""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        value = function(x)
-        (gradient,) = torch.autograd.grad(value.sum(), x)
-    return value.detach(), gradient
 
 
 def norms(x: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ and boxes, an augmented Lagrangian for budgets, exchanges of a support for spars
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 
 from cdpo.exact.closed_form import closed_form
-from cdpo.exact.descent import Descent, Function, Points, lbfgs, projected_gradient
-from cdpo.exact.lagrangian import Budget, within_budgets
-from cdpo.exact.newton import newton
+from cdpo.exact.descent import Descent, Function, Points, lbfgs, projected_gradient, value_and_gradient
+from cdpo.exact.lagrangian import Augmented, Budget, within_budgets
+from cdpo.exact.newton import newton, promised
 from cdpo.exact.problem import Objective, Table, norms
 from cdpo.exact.setting import Setting
 from cdpo.exact.sparse import EXCHANGES, largest, thresholded
@@ -24,9 +25,12 @@ from cdpo.losses.loss import Loss
 
 EXPLORED = 80  # steps that every start is given
 FINALISTS, FEW = 12, 4  # starts that go on from there; few where each means many problems
+HALVINGS = 60  # of a start that is out of a budget
 ROUNDS = 6  # of the steps, with better multipliers each
+NOTHING = 1e-3  # of a gradient
 FAR, ON = 50.0, 1.5  # lengths of a change: beside the free one, beside its own
-WINNERS, LAST = 3, 60  # finalists that Newton's method brings further, in so many steps
+WINNERS, AT_ONCE = 3, 300  # finalists that Newton's method brings further, more where their Hessians have few rows
+QUARTER, ENOUGH = 4, 1e-8  # of the steps; the best of them may take all. Share of the fall that a step has to promise
 FREE_STEPS = 300
 
 
@@ -51,6 +55,7 @@ class Searches:
     multiplier: Tensor  # [S]; of the KL budget, 0 without one
     at_start: float  # the objective at the reference
     at_infinity: Tensor  # [S]; whether going on still pays, or the change is FAR longer than the free one
+    promised: float  # what one more Newton step from the lowest value would gain; NaN unless that lies at infinity
     proof: str  # why the best is the optimum: "convex", "closed form"; "" where it is the best that was found
 
 
@@ -67,8 +72,11 @@ def search(table: Table, loss: Loss, setting: Setting, effort: Effort, more: Map
     x = solver.objective.factorised(torch.stack(list(begun.values())))
     drawn = x[:0] if convex else solver.random(free)
     names = [*begun, *(f"random {i}" for i in range(len(drawn)))]
-    x, multiplier = solver.solved(torch.cat([x, drawn]))
-    return solver.found(names, x, multiplier, free, "convex" if convex else "")
+    x = torch.cat([x, drawn])
+    if moves(loss):  # each is brought to the end, as nothing tells which are promising
+        x = x[: max(FEW, len(begun))]
+    x, multiplier = solver.solved(x)
+    return solver.found(names[: len(x)], x, multiplier, free, "convex" if convex else "")
 
 
 def is_convex(table: Table, loss: Loss, setting: Setting) -> bool:
@@ -118,47 +126,77 @@ class Solver:
         if self.setting.k is not None:
             exchanges = 0 if moves(self.objective.loss) else EXCHANGES
             return thresholded(self.objective, self.minimised, largest(x, self.setting.k), exchanges), none
-        budgets = self.budgets()
+        if budgets := self.budgets():
+            return self.solved_within(x, budgets)
         if len(x) > 1:
             x = self.minimised(self.objective, x, EXPLORED)
-        if not budgets:
-            best = self.best(x, FINALISTS)
-            x = x.index_copy(0, best, self.minimised(self.objective, x[best]))
-            best = self.best(x, WINNERS)
-            return x.index_copy(0, best, self.finished(self.objective, x[best], LAST)), none
-        best = self.best(x, 1 if moves(self.objective.loss) else FEW)
-        kept, multipliers = within_budgets(self.objective, budgets, self.minimised_again, x[best])
-        unfinished = torch.full_like(x, torch.nan)
-        return unfinished.index_copy(0, best, kept), none.index_copy(0, best, multipliers[:, 0])
+        best = self.best(self.objective, x, FINALISTS)
+        x = x.index_copy(0, best, self.minimised(self.objective, x[best]))
+        rows = int(self.objective.moved(x).sum())
+        for most, share in ((max(WINNERS, AT_ONCE // rows), QUARTER), (1, 1)):
+            best = self.best(self.objective, x, most)
+            x = x.index_copy(0, best, self.finished(self.objective, x[best], share))
+        return x, none
 
-    def best(self, x: Tensor, most: int) -> Tensor:
-        """The starts with the lowest values, or the first few where values rank nothing. [S, n] -> [most]"""
+    def solved_within(self, x: Tensor, budgets: Sequence[Budget]) -> tuple[Tensor, Tensor]:
+        """The same where budgets are to be kept; every start begins within them. NaN where one was not finished."""
+        values = self.objective(torch.cat([0 * x[:1], x]))
+        augmented = Augmented(self.objective, budgets, at_stake=max(1e-6, float(values[0] - values.min())))
+        points = augmented.begun(self.scaled_into(x, budgets))
+        if len(x) > 1:
+            points = self.minimised(augmented, points, EXPLORED)
+        best, (x, *_) = self.best(augmented, points, FEW), augmented.parts(points)
+        kept, multipliers = within_budgets(augmented, self.minimised_again, x[best])
+        unfinished = torch.full_like(x, torch.nan)
+        of_kl = multipliers[:, 0] / (self.setting.budget or torch.inf)
+        return unfinished.index_copy(0, best, kept), x.new_zeros(len(x)).index_copy(0, best, of_kl)
+
+    def scaled_into(self, x: Tensor, budgets: Sequence[Budget]) -> Tensor:
+        """Each start halved until it keeps the budgets: far beyond them a KL may be flat. [S, n] -> [S, n]"""
+        x = x.clone()
+        for _ in range(HALVINGS):
+            outside = torch.stack([budget(x) > 0 for budget in budgets]).any(0)
+            if not bool(outside.any()):
+                break
+            x[outside] /= 2
+        return x
+
+    def best(self, function: Function, x: Tensor, most: int) -> Tensor:
+        """The starts with the lowest values; all of them where values rank nothing. [S, n] -> [most]"""
         if moves(self.objective.loss):
-            return torch.arange(min(most, FEW, len(x)))
-        return self.objective.values(x).topk(min(most, len(x)), largest=False).indices
+            return torch.arange(len(x))
+        return function(x).topk(min(most, len(x)), largest=False).indices
 
     def found(self, names: list[str], x: Tensor, multiplier: Tensor, free: Tensor, proof: str) -> Searches:
         """What the starts came to, without those that were not brought to the end."""
         ended = ~x.isnan().any(1)
-        x, value = x[ended], self.objective.values(x[ended])
+        x, value = x[ended], self.objective(x[ended])
         change = self.objective.change(x)
+        at_infinity = self._at_infinity(change, free)
         return Searches(
             origins=[name for name, one in zip(names, ended.tolist()) if one],
             x=x,
             change=change,
             value=value,
             multiplier=multiplier[ended],
-            at_start=float(self.objective.values(0 * x[:1])),
-            at_infinity=self._at_infinity(change, free),
+            at_start=self.at_start,
+            at_infinity=at_infinity,
+            promised=self._promised(x, at_infinity, int(value.argmin())),
             proof=proof,
         )
 
     def _at_infinity(self, change: Tensor, free: Tensor) -> Tensor:
-        """Whether the optimum seems to lie there. [S, C * V] -> [S]"""
-        if self.setting.bounded or self.setting.budget or moves(self.objective.loss):
-            return torch.zeros(len(change), dtype=torch.bool)
+        """Whether the optimum seems to lie there; where values rank nothing, whether no gradient is left beyond. [S]"""
         loss = self.objective.free()
-        return (loss.values(ON * change) < loss.values(change)) | (norms(change) > FAR * norms(free[None]))
+        if self.setting.bounded or self.setting.budget:
+            return torch.zeros(len(change), dtype=torch.bool)
+        if moves(self.objective.loss):
+            return norms(value_and_gradient(loss, ON * change)[1]) <= NOTHING * self.scale
+        return (loss(ON * change) < loss(change)) | (norms(change) > FAR * norms(free[None]))
+
+    def _promised(self, x: Tensor, at_infinity: Tensor, best: int) -> float:
+        told = bool(at_infinity[best]) and not moves(self.objective.loss)
+        return float(promised(self.objective, x[best : best + 1], self.objective.moved(x))) if told else math.nan
 
     def budgets(self) -> list[Budget]:
         """What is to be at most 0: the KL less its budget; the norm of a product less its radius."""
@@ -168,7 +206,7 @@ class Solver:
         return found
 
     def _kl_left(self, limit: float, x: Tensor) -> Tensor:
-        return self.objective.table.kl(self.objective.change(x)) - limit
+        return self.objective.table.kl(self.objective.change(x)) / limit - 1
 
     def _norm_left(self, radius: float, x: Tensor) -> Tensor:
         return self.objective.change(x).square().sum(1) / radius**2 - 1
@@ -179,15 +217,15 @@ class Solver:
         return projected_gradient(how, x, self._project).x if self.projects else lbfgs(how, x).x
 
     def minimised_again(self, function: Function, x: Tensor) -> Tensor:
-        """The same from near an optimum; where values rank nothing, with Newton's method. [S, m] -> [S, m]"""
-        x = self.minimised(function, x, max(1, self.effort.steps // ROUNDS))
-        return self.finished(function, x, LAST // 4) if moves(self.objective.loss) else x
+        """The same from near an optimum, with Newton's method. [S, m] -> [S, m]"""
+        return self.finished(function, self.minimised(function, x, max(1, self.effort.steps // ROUNDS)), ROUNDS)
 
-    def finished(self, function: Function, x: Tensor, steps: int) -> Tensor:
-        """Newton's method, where nothing is projected. [S, m] -> [S, m]"""
+    def finished(self, function: Function, x: Tensor, share: int) -> Tensor:
+        """Newton's method, where nothing is projected, in a share of the steps. [S, m] -> [S, m]"""
         if self.projects:
             return x
-        how = Descent(function, self._arrived, steps, not moves(self.objective.loss))
+        enough = ENOUGH * float((self.at_start - function(x).amin()).abs())
+        how = Descent(function, self._arrived, -(-self.effort.steps // share), not moves(self.objective.loss), enough)
         return newton(how, x, self.objective.moved(x))
 
     @property
@@ -211,7 +249,12 @@ class Solver:
         return norms(self.setting.project(x - gradient) - x) <= tolerance
 
     @cached_property
+    def at_start(self) -> float:
+        """The objective at the reference: where the change is zero, and of factors one of them."""
+        return float(self.objective(torch.zeros(1, self.objective.size, dtype=torch.float64)))
+
+    @cached_property
     def scale(self) -> Tensor:
         """The norm of the gradient at the reference, before anything holds the policy back. []"""
         free = self.objective.free()
-        return norms(free(torch.zeros(1, free.size, dtype=torch.float64))[1]).clamp(min=1e-300)[0]
+        return norms(value_and_gradient(free, torch.zeros(1, free.size, dtype=torch.float64))[1]).clamp(min=1e-300)[0]

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cdpo.exact.descent import Function
+from cdpo.exact.descent import Function, value_and_gradient
 
 Solver = Callable[..., Tensor]  # of a function, points and perhaps `steps`; minimises
 
@@ -32,13 +32,13 @@ def thresholded(function: Function, solve: Solver, x: Tensor, most: int) -> Tens
     [S, n] -> [S, n]
     """
     x = polished(function, solve, x)
-    values = function(x)[0]
+    values = function(x)
     best = int(values.argmin())
     for _ in range(most):
         tried = polished(function, partial(solve, steps=SKETCH), exchanges(function, x[best : best + 1]))
-        i = int(function(tried)[0].argmin())
+        i = int(function(tried).argmin())
         better = polished(function, solve, tried[i : i + 1])
-        value = function(better)[0][0]
+        value = function(better)[0]
         if not value < values[best] - 1e-12 * values[best].abs():
             break
         x[best], values[best] = better[0], value
@@ -49,16 +49,15 @@ def polished(function: Function, solve: Solver, x: Tensor) -> Tensor:
     """The minimum over the numbers of x that are not zero. A mask rides along at the end of x. [S, n] -> [S, n]"""
     n = x.shape[1]
 
-    def on_support(points: Tensor) -> tuple[Tensor, Tensor]:
-        value, gradient = function(points[:, :n])
-        return value, torch.cat([gradient * points[:, n:], torch.zeros_like(gradient)], dim=1)
+    def on_support(points: Tensor) -> Tensor:
+        return function(points[:, :n] * points[:, n:].detach())
 
     return solve(on_support, torch.cat([x, (x != 0).to(x)], dim=1))[:, :n]
 
 
 def exchanges(function: Function, x: Tensor) -> Tensor:
     """x with one small number of its support put back, and one promising number moved. [1, n] -> [OUT * IN, n]"""
-    _, gradient = function(x)
+    _, gradient = value_and_gradient(function, x)
     inside = torch.where(x != 0, x.abs(), torch.inf)
     outside = torch.where(x == 0, gradient.abs(), 0.0)
     leave = inside.topk(min(OUT, int((x != 0).sum())), largest=False).indices[0]

@@ -5,6 +5,7 @@ command line), and numbers, which stand in the metrics as certificate/<name>:
 
 residual        norm of the gradient that the constraints do not hold back, over the norm at the first step
 tolerance       what the residual is held against
+promised        what a Newton step would gain, as a share of what was gained; takes residual's place towards infinity
 bound           objective less its least value on the set, at most (Frank-Wolfe gap), where the problem is convex
 infeasibility   by how much a budget is exceeded, in nats
 norm            of the change
@@ -30,7 +31,8 @@ from cdpo.model.gradient import Gradient
 from cdpo.model.tabular import Tabular
 from cdpo.training.run import Run
 
-PROVEN, SEARCHED = 1e-5, 1e-3  # of the residual: the error of the objective is of its square; 1e-3 at infinity
+PROVEN, SEARCHED = 1e-5, 1e-3  # of the residual: the error of the objective is of its square
+PROMISED = 1e-5  # of the objective's fall, where the best lies at infinity: there a gradient's norm says little
 COARSE = 1e-2  # of weights in fewer digits
 FEASIBLE = 1e-6  # nats
 ROUNDS, SETTLED = 1000, 1e-8  # of several constraints that hold a gradient back together; beside the first gradient
@@ -49,11 +51,20 @@ def certify(run: Run, metrics: Mapping[str, float]) -> dict[str, Any]:
     precise = all(parameter.dtype == torch.float64 for parameter in run.parameters)
     proof = proven(run, metrics) if precise and found["items"] == len(run.train.items) else ""
     found["tolerance"] = COARSE if not precise else PROVEN if proof else SEARCHED
+    if proof:
+        found.pop("promised", None)
     if proof != "convex":
         found.pop("bound", None)
-    reached = found["residual"] <= found["tolerance"] and found.get("infeasibility", 0.0) <= FEASIBLE
+    reached = stationary(found) and found.get("infeasibility", 0.0) <= FEASIBLE
     status = "not_reached" if not reached else "certified" if proof else "searched"
     return {"status": status, "says": sentence(status, proof, found), "mend": "" if reached else mend(run), **found}
+
+
+def stationary(found: Mapping[str, Any]) -> bool:
+    """Whether the gradient is as good as zero; towards infinity, whether one more Newton step would gain nothing."""
+    if "promised" in found:
+        return bool(found["promised"] <= PROMISED)
+    return bool(found["residual"] <= found["tolerance"])
 
 
 def numbers_of(certificate: dict[str, Any]) -> dict[str, float]:
@@ -215,7 +226,8 @@ def sentence(status: str, proof: str, found: dict[str, Any]) -> str:
         return f"optimal ({proof}; {residual})"
     if status == "searched":
         where = f"a supremum at infinity, norm {found['norm']:.1e}" if found.get("supremum") else "stationary"
-        return f"{where} ({residual}); other optima are not excluded"
+        left = f", a Newton step would gain {found['promised']:.0e} of the fall" if "promised" in found else ""
+        return f"{where} ({residual}{left}); other optima are not excluded"
     excess = found.get("infeasibility", 0.0)
     over = f", {excess:.1e} nats over its budget" if excess > FEASIBLE else ""
     return f"not stationary ({residual}, tolerance {found['tolerance']:.0e}{over})"

@@ -7,6 +7,7 @@ through the model itself (`certificate`).
 from __future__ import annotations
 
 import csv
+import math
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ def solve(run: Run) -> None:
         "ranked_by": "objective" if by_objective else "J",
         **told(rows, by_objective, fall, how.epsilon),
         "supremum": bool(found.at_infinity[best]),
+        **({} if math.isnan(found.promised) else {"promised": found.promised / fall}),
     }
 
 

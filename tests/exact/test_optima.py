@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from exact_worlds import limited, solved, world
+from composing import composed, train
+from exact_worlds import EXACT, limited, solved, world
 from independent_gap import LOSSES, World, optimum
 
 SETS = [("none", 0.0), ("ball", 1.5), ("box", 0.4), ("penalty", 0.05), ("kl", 0.1), ("rank", 1), ("rank", 2)]
@@ -42,3 +43,25 @@ def test_it_finds_them_in_all_worlds_at_all_temperatures(name, beta, loss, tmp_p
     path = world(name, tmp_path)
     for kind, size in SETS:
         compare((loss, kind, size), beta, path, tmp_path / f"{kind}{size}")
+
+
+@pytest.mark.parametrize("loss", ["dpo", "gaussian_variational", "wpo_candidates"])
+def test_a_small_budget_of_a_sharp_loss_is_kept_to_the_digit(loss, tmp_path):
+    """At beta = .1 the loss alone would go ten nats further than its budget of .1, to where a KL is flat."""
+    summary = train(composed(*EXACT, f"loss={loss}", "beta=0.1", "constraint=kl_budget"), tmp_path / "run")
+    certificate, metrics = summary["certificate"], summary["metrics"]
+    assert certificate["status"] == "searched", certificate
+    assert certificate["residual"] < 1e-6
+    assert metrics["kl/candidates"] == pytest.approx(0.1, abs=1e-9)
+    assert 0.01 < metrics["constraint/kl_budget/multiplier"] < 10
+
+
+@pytest.mark.parametrize(("seed", "rank"), [(0, 1), (1, 2)])
+def test_towards_infinity_a_search_goes_on_until_nothing_is_left(seed, rank, tmp_path):
+    own = ("loss=rlhf", "beta=1", f"constraint=lora_r{rank}", f"dataset.world_seed={seed}")
+    certificate = train(composed(*EXACT, *own), tmp_path / "run")["certificate"]
+    assert certificate["status"] == "searched", certificate
+    assert certificate["supremum"]
+    assert certificate["norm"] > 1e3
+    assert certificate["promised"] < 1e-6
+    assert certificate["residual"] < 1e-3
