@@ -26,7 +26,8 @@ def export(policy: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Non
         try:
             if hasattr(policy, "peft_config"):
                 _name_base(policy, draft, folder)
-            policy.save_pretrained(draft)
+            has_base = (draft / "base").is_dir()  # with its embeddings; peft would look for them where it is not yet
+            policy.save_pretrained(draft, **{"save_embedding_layers": False} if has_base else {})
             tokenizer.save_pretrained(draft)
         except SafetensorError as error:  # its I/O errors are no OSErrors
             raise OSError(errno.EIO, str(error)) from error
