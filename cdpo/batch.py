@@ -202,10 +202,6 @@ class Logps:
         pairs = torch.where(flip[:, None], self.pairs.flip(1), self.pairs)
         return replace(self, pairs=pairs, preference=torch.where(flip, 1 - self.preference, self.preference), soft=True)
 
-    def swapped(self) -> Logps:
-        """Winner and loser exchanged, preference p -> 1 - p."""
-        return replace(self, pairs=self.pairs.flip(1), preference=1 - self.preference, soft=True)
-
     def both_ways(self) -> Logps:
         """Every pair as it is, then every pair swapped: 2 P pairs; without their weights, which no loss reads."""
         pairs, p = self.pairs, self.preference
