@@ -1,7 +1,7 @@
 """After a sweep of optimizer=exact: each search again, from the solutions of the other losses on the same problem too.
 
-A policy that one loss led to may be better for another loss than all that its own starts found. RLHF is then at least
-as good as what the other losses had found by the first round; what the second finds for them may still be better.
+A policy that one loss led to may be better for another loss than all that its own starts found. A search that goes on
+so is at least as good as what the other losses had found before; what they find in the second round may be better yet.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ UNANIMOUS = 0.5  # share of starts that found the best, from which on no other s
 def to_polish(tasks: Iterable[Task]) -> list[Task]:
     """The runs that are to search again, whose directories are made ready for it.
 
-    Left out: what is proven to be optimal, what most starts found, and what has seen these solutions already.
+    Left out: what is proven to be optimal, what most starts found, and what has begun from all of these runs already.
     """
     problems: dict[str, list[Task]] = defaultdict(list)
     for task in tasks:
@@ -42,7 +42,8 @@ def _made_ready(task: Task, same: list[Task]) -> bool:
     directory = RunDirectory(task.directory)
     certificate: dict[str, Any] = json_object(directory.summary)[0].get("certificate") or {}
     sure = certificate.get("status") == "certified" or certificate.get("hits", 1.0) > UNANIMOUS
-    if sure or len(same) == 1 or directory.starts.is_file():
+    names = {other.directory.name for other in same}
+    if sure or len(same) == 1 or names <= _seen(directory):
         return False
     write_atomic(directory.starts, _together(same))
     for path in (directory.status, directory.checkpoints, directory.summary):  # without the first it is not done
@@ -50,8 +51,18 @@ def _made_ready(task: Task, same: list[Task]) -> bool:
     return True
 
 
+def _seen(directory: RunDirectory) -> set[str]:
+    """Whose solutions a run has begun from already."""
+    from safetensors import safe_open
+
+    if not directory.starts.is_file():
+        return set()
+    with safe_open(directory.starts, "pt") as file:
+        return set(file.keys())
+
+
 def _together(same: list[Task]) -> bytes:
     """The solutions of runs in one file, by the names of their directories."""
     from safetensors.torch import load_file, save
 
-    return save({f"from {o.directory.name}": load_file(RunDirectory(o.directory).solution)["change"] for o in same})
+    return save({one.directory.name: load_file(RunDirectory(one.directory).solution)["change"] for one in same})

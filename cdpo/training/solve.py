@@ -25,6 +25,7 @@ from cdpo.system.files import write_atomic, write_csv
 from cdpo.training.run import Run
 
 SAME = 1e-6  # share of the objective's fall within which two optima are one
+HANDED_OVER = "from "  # how the origin of a solution begins that is another run's
 
 
 def solve(run: Run) -> None:
@@ -69,7 +70,7 @@ def known_solutions(run: Run) -> dict[str, Tensor]:
     path = run.directory.starts
     if not path.is_file():
         return {}
-    return {name: change.double().flatten() for name, change in sorted(load_file(path).items())}
+    return {f"{HANDED_OVER}{name}": change.double().flatten() for name, change in sorted(load_file(path).items())}
 
 
 def attained_by(table: Table, change: Tensor, beta: float) -> Tensor | None:
@@ -120,12 +121,19 @@ def earlier(run: Run, again: bool) -> list[dict[str, Any]]:
 
 
 def told(rows: list[dict[str, Any]], by_objective: bool, fall: float, epsilon: float) -> dict[str, float]:
-    """How many searches there were, the share that found the best, what those attain that are nearly as good."""
+    """How many searches there were, the share that found the best, what all solutions attain that are nearly as good.
+
+    A solution that another run has handed over is no search; a start that went on in a second round is one.
+    """
     shares = torch.tensor([row["attained"] for row in rows], dtype=torch.float64)
     order = torch.tensor([row["objective"] for row in rows], dtype=torch.float64) if by_objective else -shares
     behind = order - order.min()
     near = shares[behind <= epsilon * abs(fall)]
-    found = {"starts": len(rows), "hits": float((behind <= SAME * abs(fall)).double().mean()), "epsilon": epsilon}
+    own: dict[str, bool] = {}  # whether a start found the best
+    for row, is_best in zip(rows, (behind <= SAME * abs(fall)).tolist()):
+        if not row["origin"].startswith(HANDED_OVER):
+            own[row["origin"]] = own.get(row["origin"], False) or is_best
+    found = {"starts": len(own), "hits": sum(own.values()) / max(1, len(own)), "epsilon": epsilon, "fall": abs(fall)}
     if near.isnan().any():
         return found
     return found | {"attained_low": float(near.min()), "attained_high": float(near.max())}

@@ -10,12 +10,16 @@ from pathlib import Path
 import forking
 import pandas as pd
 import pytest
+import torch
 from composing import composed, train
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from cdpo.config.task import Task
 from cdpo.sweep.exact import solvable, told
 from cdpo.sweep.polish import to_polish
+from cdpo.system.files import write_atomic, write_json
+from cdpo.training.directory import RunDirectory
+from cdpo.training.solve import told as told_of
 
 WORLD = ("model=tabular", "logger=none", "beta=1")
 SMALL = ("dataset.prompts=4", "dataset.alphabet=3")
@@ -57,11 +61,12 @@ def test_the_gap_of_a_table_is_zero_without_a_constraint_and_searched_under_a_ra
     assert found["rlhf", "lora_r1"] in again  # few starts find RLHF's optimum under a rank
     for directory in again:
         names = set(load_file(directory / "starts.safetensors"))
-        assert names == {f"from {found[loss, 'lora_r1'].name}" for loss in losses}
+        assert names == {found[loss, "lora_r1"].name for loss in losses}
         with open(directory / "searches.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         assert {f"from {found['dpo', 'lora_r1'].name}", "random 0"} <= {row["origin"] for row in rows}
-        assert summary(directory)["certificate"]["starts"] == len(rows)
+        assert summary(directory)["certificate"]["starts"] == 1 + 32  # the unconstrained optimum; the other's is none
+        assert len(rows) > 1 + 32
     best = summary(found["rlhf", "lora_r1"])["metrics"]["objective/J"]
     assert all(summary(found[loss, "lora_r1"])["metrics"]["objective/J"] <= best + 1e-9 for loss in losses)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")}
@@ -78,6 +83,18 @@ def test_a_search_goes_on_from_a_solution_that_it_could_not_find(tmp_path):
     shutil.copy(thorough / "solution.safetensors", poor / "starts.safetensors")
     found = train(composed(*settings, "optimizer.starts=1", "optimizer.steps=1"), poor)
     assert found["metrics"]["objective/J"] >= best - 1e-9
+
+
+@pytest.mark.parametrize(("by_objective", "hits", "low"), [(True, 1 / 3, 0.2), (False, 0.0, 0.9)])
+def test_only_own_starts_count_and_each_once(by_objective, hits, low):
+    """What another run handed over is the best by J; a start that went on in the second round found the best value."""
+    first = [("unconstrained optimum", 2.0, 0.1), ("random 0", 1.5, 0.4), ("random 1", 1.6, 0.5)]
+    second = [("unconstrained optimum", 1.0, 0.2), ("from another", 1.001, 0.9)]
+    rows = [dict(zip(("origin", "objective", "attained"), row)) for row in (*first, *second)]
+    found = told_of(rows, by_objective, -2.0 if by_objective else 1.0, 0.01)
+    assert (found["starts"], found["hits"]) == (3, hits)
+    assert (found["attained_low"], found["attained_high"]) == (low, 0.9)
+    assert (found["epsilon"], found["fall"]) == (0.01, 2.0 if by_objective else 1.0)
 
 
 def test_the_command_line_can_tell_how_to_train(tmp_path):
@@ -121,3 +138,22 @@ def test_what_counts_as_told(overrides, answer):
 
 def test_runs_without_solutions_are_left_alone(tmp_path):
     assert to_polish([Task(tmp_path, composed("model=tabular"))]) == []
+
+
+def searched(folder: Path, loss: str, **certificate) -> Task:
+    """A run that is done, with its solution."""
+    directory = RunDirectory(folder / loss)
+    write_atomic(directory.solution, save({"change": torch.ones(2, 3)}))
+    write_json(directory.summary, {"certificate": {"status": "searched", "hits": 0.1, **certificate}})
+    return Task(directory.path, composed("model=tabular", f"loss={loss}", "optimizer=exact", "constraint=lora_r1"))
+
+
+def test_a_new_loss_beside_them_lets_all_search_again_once(tmp_path):
+    rlhf, dpo = searched(tmp_path, "rlhf"), searched(tmp_path, "dpo")
+    assert to_polish([rlhf]) == []
+    assert to_polish([rlhf, dpo]) == [rlhf, dpo]
+    rlhf, dpo = searched(tmp_path, "rlhf"), searched(tmp_path, "dpo")  # done again
+    assert to_polish([rlhf, dpo]) == []
+    ipo, sure = searched(tmp_path, "ipo"), searched(tmp_path, "wpo_candidates", hits=0.6)
+    assert to_polish([rlhf, dpo, ipo, sure]) == [rlhf, dpo, ipo]
+    assert set(load_file(rlhf.directory / "starts.safetensors")) == {"rlhf", "dpo", "ipo", "wpo_candidates"}
