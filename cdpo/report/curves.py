@@ -59,7 +59,9 @@ def path(study: Study) -> Drawing | None:
         f"The path of training: attained against KL, from the reference (0, 0) on; means over {study.seeds()} at each "
         "evaluation."
     )
-    return figure.drawing("path", caption, f"A line per loss in {len(figure.axes)} panels, one per constraint.")
+    return figure.drawing(
+        "path", caption, f"A line per loss in {counted([len(figure.axes)], 'panel')}, one per constraint."
+    )
 
 
 def distributions(study: Study) -> Drawing | None:
@@ -82,9 +84,8 @@ def distributions(study: Study) -> Drawing | None:
         f"Densities over held-out pairs at the end, means over {study.seeds()}. γ: signal variance, λ: noise variance "
         "of the reference; γ < λ where the policy prefers the chosen response more than the reference does."
     )
-    return figure.drawing(
-        "distributions", caption, f"Histograms of {len(shown)} quantities for {len(groups)} constraints."
-    )
+    alt = f"Histograms of {' and '.join(VIEWS[view] for view in shown)} for {counted([len(groups)], 'constraint')}."
+    return figure.drawing("distributions", caption, alt)
 
 
 def penalties(study: Study) -> Drawing | None:
@@ -155,7 +156,7 @@ def _over_steps(study: Study, table: list[dict[str, Any]], metric: str, label: s
     figure.legend()
     over = counted(Counter((run["loss"], run["title"]) for run in known).values())
     said = f"{caption}: means, bands are 95% t intervals over {over}."
-    return figure.drawing(f"training-{label.replace(' ', '-')}", said, f"{len(known)} runs.")
+    return figure.drawing(f"training-{label.replace(' ', '-')}", said, f"{counted([len(known)], 'run')}.")
 
 
 def _mean_by_step(runs: list[dict[str, Any]], metric: str) -> dict[int, tuple[float, float]]:

@@ -84,7 +84,8 @@ def gap_map(study: Study) -> Drawing | None:
     caption = f"Gap to RLHF under the same constraint, as a share of what J can gain: {HOW}."
     caption += " Hatched: a solver stopped before the optimum." if missed.any(axis=None) else ""
     low, high = number(values.min(axis=None)), number(high)
-    alt = f"Heat map of {len(values)} constraints by {len(values.columns)} losses, from {low} to {high}."
+    alt = f"Heat map of {counted([len(values)], 'constraint')} by {counted([len(values.columns)], 'loss')}, "
+    alt += f"from {low} to {high}."
     return figure.drawing("gap", caption + " –: no run, or nothing to compare with.", alt)
 
 
@@ -133,7 +134,9 @@ def frontier(study: Study) -> Drawing | None:
         "Runs on several worlds are in units of J's possible gain, where height above the diagonal is what is attained."
     )
     caption += "" if known["status"].isin(GAPS).all() else HOLLOW
-    return figure.drawing("frontier", caption, f"Scatter plot of {len(known)} runs, reward gained against KL.")
+    return figure.drawing(
+        "frontier", caption, f"Scatter plot of {counted([len(known)], 'run')}, reward gained against KL."
+    )
 
 
 def tightness(study: Study) -> Drawing | None:
@@ -158,7 +161,7 @@ def tightness(study: Study) -> Drawing | None:
         means, texts = found.map(lambda one: one[""]), found.map(lambda one: short(*one.values()).replace(" ±", "\n±"))
         heat(axes, means, texts, low=0.0, high=float(means.max().max()) or 1.0)
     caption = f"How constraints bind at the end of training: {HOW}. Colours within a panel only."
-    return figure.drawing("tightness", caption, f"Heat maps of {len(ordered)} quantities, constraint by loss.")
+    return figure.drawing("tightness", caption, f"Heat maps, constraint by loss: {', '.join(ordered)}.")
 
 
 def _pivots(part: pd.DataFrame) -> list[pd.DataFrame]:

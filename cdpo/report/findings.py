@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from cdpo.report.intervals import number
+from cdpo.report.intervals import counted, number
 from cdpo.report.marks import ABOUT, AT_LEAST, CERTIFIED, EXPLAINED, GAPS, HARD, NONE, NOT_REACHED, SEARCHED, SLACK
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def where(row: Mapping[str, Any]) -> str:
 
 def _extremes(part: pd.DataFrame, mark: str) -> str:
     """The largest and the smallest gap of one mark."""
-    said = f"{len(part)} gap{'s' * (len(part) > 1)} {'are' if len(part) > 1 else 'is'} {mark}: "
+    said = f"{_count(part, 'gap')} {'are' if len(part) > 1 else 'is'} {mark}: "
     largest, smallest = (_gap(part.loc[at]) for at in (part["gap"].idxmax(), part["gap"].idxmin()))
     return f"{said}the largest is {largest}; the smallest is {smallest}." if len(part) > 1 else f"{said}{largest}."
 
@@ -87,7 +87,7 @@ def _no_gaps(unreached: pd.DataFrame, without: pd.DataFrame) -> list[str]:
 
 
 def _count(part: pd.DataFrame, word: str) -> str:
-    return f"{len(part)} {word}{'s' * (len(part) != 1)}"
+    return counted([len(part)], word)
 
 
 def _listed(part: pd.DataFrame) -> str:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cdpo.report.intervals import interval
+from cdpo.report.intervals import counted, interval
 from cdpo.report.labels import CONSTRAINT, LOSS, PENALTIES, Labelled, is_null, names, shown
 from cdpo.report.marks import CERTIFIED, SLACK, of_ceiling, of_cell, with_certificates, with_marks
 from cdpo.report.runs import CONFIG, DONE, METRIC
@@ -38,7 +38,7 @@ def best(labelled: Labelled) -> pd.DataFrame:
     """The best search of every problem and loss; only runs that went through count.
 
     Adds what its certificate says, `searches`, how many there were, and in attained_low and attained_high the range
-    over all solutions within its epsilon of its objective, those of the other searches among them.
+    over all solutions within epsilon of its objective's fall of it, those of the other searches among them.
     """
     runs = with_certificates(labelled.runs[labelled.runs["state"].isin(DONE)])
     runs["attained"], runs["norm"] = _numbers(runs, MEASURES["attained"]), _penalised_norm(runs)
@@ -47,8 +47,9 @@ def best(labelled: Labelled) -> pd.DataFrame:
     groups = runs.groupby(["problem", LOSS], sort=False)
     found = groups.head(1).set_index(["problem", LOSS], drop=False).rename_axis([None, None])
     found["searches"] = groups.size()
-    epsilon = groups["epsilon"].transform("first") * ~runs["by_J"]  # it is the objective's
-    alike = runs[runs["rank"] <= groups["rank"].transform("first") + epsilon]
+    epsilon, fall = (groups[name].transform("first") for name in ("epsilon", "fall"))
+    slack = epsilon * fall.fillna(0.0) * ~runs["by_J"]  # it is the objective's
+    alike = runs[runs["rank"] <= groups["rank"].transform("first") + slack]
     ranges = alike.groupby(["problem", LOSS])
     found["attained_low"] = ranges[["attained", "attained_low"]].min().min(axis=1)
     found["attained_high"] = ranges[["attained", "attained_high"]].max().max(axis=1)
@@ -98,7 +99,7 @@ def at_norm(points: Sequence[tuple[float, float]], norm: float) -> tuple[float, 
     for x, y in sorted(points):
         known[x] = max(y, known.get(x, y))
     if len(known) < 2:
-        return math.nan, f"RLHF has {len(known)} strength{'s' * (len(known) != 1)}, a curve needs 2: add strengths"
+        return math.nan, f"RLHF has {counted([len(known)], 'strength')}, a curve needs 2: add strengths"
     low, high = min(known), max(known)
     slack = TOLERANCE * high
     if norm > high and known[high] >= 1 - SLACK:  # RLHF has no use for so large a norm

@@ -43,11 +43,10 @@ def short(value: Any, half: Any = None, n: Any = None) -> str:
 
 
 def counted(counts: Iterable[Any], word: str = "seed") -> str:
-    """`1 seed`, `3 seeds`, `2 to 3 seeds`."""
-    found = sorted({int(count) for count in counts if not math.isnan(count)})
-    if len(found) > 1:
-        return f"{found[0]} to {found[-1]} {word}s"
-    return f"{found[0] if found else 0} {word}{'s' * (found != [1])}"
+    """`1 seed`, `3 seeds`, `2 to 3 seeds`, `0 losses`."""
+    found = sorted({int(count) for count in counts if not math.isnan(count)}) or [0]
+    ending = "es" if word.endswith("s") else "s"
+    return f"{' to '.join(map(str, found[:: max(1, len(found) - 1)]))} {word}{ending * (found != [1])}"
 
 
 def _joined(mean: str, half: str | None, n: Any) -> str:

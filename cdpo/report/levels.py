@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from cdpo.report.figures import Study
+from cdpo.report.intervals import counted
 from cdpo.report.labels import text, titled
 from cdpo.report.marks import GAPS
 from cdpo.report.plotting import Drawing, focus, hollow, line, panels
@@ -33,7 +34,8 @@ def levels(study: Study) -> Drawing | None:
         axes.set(ylabel="attained" if axes is figure.first else "")
     figure.legend()
     caption = f"Attained against the level of a constraint. {study.bars()}"
-    return figure.drawing("levels", caption, f"Lines for {known['loss'].nunique()} losses in {len(parts)} panels.")
+    alt = f"Lines for {counted([known['loss'].nunique()], 'loss')} in {counted([len(parts)], 'panel')}."
+    return figure.drawing("levels", caption, alt)
 
 
 def by_setting(study: Study) -> list[Drawing]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cdpo.report.labels import CONSTRAINT, LOSS, is_null, names
@@ -25,12 +25,15 @@ PATHS = ("path", "noise")  # what a certificate may say instead of a proof; else
 AS_TRAINED = "as trained"
 AT_LEAST, ABOUT, AT_MOST = "≥", "~", "≤"
 SUPREMUM, HARD, OVER = "∞", "§", "▲"
+NUMBERS = (  # of a certificate
+    *("starts", "hits", "bound", "residual", "tolerance", "epsilon", "fall", "attained_low", "attained_high"),
+)
 SLACK = 1e-3  # of what J can gain: searches of one optimum end that far apart
 BEYOND = 1e-3  # relative, of a KL over its budget
 EXPLAINED = {  # in a table of gaps  # sign or word -> what it means
     AT_LEAST: "RLHF or the loss was searched for with many starts: the gap is at least this, as RLHF may attain more, "
     "or as the loss's own value does not rank its solutions and this is the best of them",
-    ABOUT: "the loss's optimum is the best of many starts, not proven",
+    ABOUT: "the loss's optimum is the best of many starts, not proven, and RLHF's may be so too",
     AS_TRAINED: "not reached: a solver stopped before the optimum, so this is no gap; the remarks have what mends it",
     "path": "no certificate: the run depends on the path of training, there is no optimum of a set to compare",
     "noise": "no certificate: the run is one draw of noise, there is no optimum of a set to compare",
@@ -41,6 +44,7 @@ EXPLAINED = {  # in a table of gaps  # sign or word -> what it means
 }
 ATTAINED = EXPLAINED | {  # in a table of what is attained
     AT_LEAST: "RLHF was searched for with many starts: it may attain more",
+    ABOUT: "the loss's optimum is the best of many starts, not proven",
     AT_MOST: "the best of the loss's solutions by J, as its own value does not rank them",
     AS_TRAINED: "not reached: a solver stopped before the optimum",
 }
@@ -54,7 +58,7 @@ def with_certificates(runs: pd.DataFrame) -> pd.DataFrame:
     budget; trouble: what keeps it from being reached and the command that mends it, "" where nothing does.
     """
     rows, columns = runs.to_dict("records"), dict[str, list[Any]]()
-    for name in ("starts", "hits", "bound", "residual", "tolerance", "epsilon", "attained_low", "attained_high"):
+    for name in NUMBERS:
         columns[name] = [_number(row, f"certificate/{name}") for row in rows]
     columns |= {"status": [_status(row) for row in rows], "word": [_word(row) for row in rows]}
     columns |= {"says": [_text(row, "says") for row in rows], "by_J": [_text(row, "ranked_by") == "J" for row in rows]}
@@ -66,9 +70,9 @@ def with_certificates(runs: pd.DataFrame) -> pd.DataFrame:
 
 def of_ceiling(runs: pd.DataFrame) -> dict[str, Any]:
     """What certificates say of the runs of RLHF that a run is compared with: the worst of them."""
-    worst_of = {"status": worst(runs["status"]), "word": _first(runs["word"]), "trouble": _first(runs["trouble"])}
-    worst_of |= {"starts": runs["starts"].min(), "hits": runs["hits"].min(), "supremum": runs["supremum"].max()}
-    return {f"ceiling_{name}": value for name, value in worst_of.items()}
+    said = {"status": worst(runs["status"]), "word": _first(runs["word"]), "trouble": _first(runs["trouble"])}
+    numbers = {**hardest([runs]), "supremum": runs["supremum"].max()}
+    return {f"ceiling_{name}": value for name, value in (said | numbers).items()}
 
 
 def with_marks(found: pd.DataFrame) -> pd.DataFrame:
@@ -102,9 +106,9 @@ def of_cell(group: pd.DataFrame) -> dict[str, Any]:
         "word": _first([*gaps["word"], *gaps["ceiling_word"]]),
     }
     row |= {"own_sign": _own_sign(group), "own_word": _first(group["word"]), "says": _first(group["says"])}
-    row["supremum"] = group[["supremum", "ceiling_supremum"]].max(axis=None)
-    for name in ("starts", "hits"):
-        row |= {name: group[[name, f"ceiling_{name}"]].min(axis=None), f"own_{name}": group[name].min()}
+    row |= {"supremum": group[["supremum", "ceiling_supremum"]].max(axis=None), "own_supremum": group["supremum"].max()}
+    ceilings = group[["ceiling_starts", "ceiling_hits"]].set_axis(["starts", "hits"], axis=1)
+    row |= hardest([group, ceilings]) | {f"own_{name}": value for name, value in hardest([group]).items()}
     for name in ("attained_low", "attained_high"):
         row[name] = group[name].mean()
     row |= {"gap_low": (gaps["ceiling"] - gaps["attained_high"]).mean()}
@@ -113,6 +117,13 @@ def of_cell(group: pd.DataFrame) -> dict[str, Any]:
     troubles = [_first(group[name]) for name in ("trouble", "ceiling_trouble")]
     row["trouble"] = "\n".join(dict.fromkeys(one for one in troubles if one))
     return row | {"over": int(group["over"].sum()), "hard": bool(group["hard"].any())}
+
+
+def hardest(tables: Sequence[pd.DataFrame]) -> dict[str, float]:
+    """starts and hits of the run of which the least share of starts found the best; NaN if none was searched for."""
+    pairs = [pair for table in tables for pair in zip(table["hits"], -table["starts"]) if not is_null(pair[0])]
+    hits, starts = min(pairs, default=(math.nan, math.nan))
+    return {"starts": -starts, "hits": hits}
 
 
 def worst(statuses: Iterable[str]) -> str:

@@ -30,8 +30,8 @@ OVER_BUDGET = f"{OVER}: {EXPLAINED[OVER]}."
 CERTIFICATES = (
     "The solver's error, apart from the spread over seeds: that of the worst seed. residual: relative, 0 is "
     "stationary. bound: proven, of the objective. starts, hits: searches made, and the share that found the best. "
-    "within ε: what all solutions attain whose objective is within ε of the best. supremum: the norm, where the best "
-    "lies at infinity."
+    "within ε: what all solutions attain whose objective is within ε, a share of its fall, of the best. supremum: the "
+    "norm, where the best lies at infinity."
 )
 BELOW = "Below a gap that was searched for: starts, the share that found the best, and the gap's range within ε of it."
 SEARCHES = "searches: runs that differ in restart or optimizer; one that is certified counts, else the best."
@@ -69,16 +69,12 @@ def summary(runs: pd.DataFrame, cells: pd.DataFrame, settings: Sequence[str]) ->
     """How many runs there are, in which states, of what."""
     states = runs["state"].value_counts()
     ended = ", ".join(f"{n} {state.replace('_', ' ')}" for state, n in sorted(states.items(), key=lambda s: str(s[0])))
-    kinds = [
-        f"{cells[kind].nunique()} {_plural(kind, cells[kind].nunique())}"
-        for kind in ("loss", "constraint")
-        if len(cells)
-    ]
+    kinds = [counted([cells[kind].nunique()], kind) for kind in ("loss", "constraint") if len(cells)]
     seeds = f", {counted(cells['seeds'])} per cell" if len(cells) else ""
     groups = {kind: sorted(set(runs[kind].dropna())) for kind in ("model", "dataset")}
     of = "; ".join(f"{kind} {', '.join(found)}" for kind, found in groups.items() if found)
     what = [f"{' and '.join(kinds)}{seeds}"] * bool(kinds) + [of] * bool(of)
-    said = f"{len(runs)} {_plural('run', len(runs))}: {ended}." + f" {'; '.join(what)}." * bool(what)
+    said = f"{counted([len(runs)], 'run')}: {ended}." + f" {'; '.join(what)}." * bool(what)
     return said + (f" Means are never taken over different {', '.join(settings)}." if settings else "")
 
 
@@ -101,12 +97,13 @@ def certificates(cells: pd.DataFrame) -> list[Table]:
     if not (cells["own_mark"] != NONE).any():
         return []
     fixed = ["constraint", "loss", *(["setting"] if (cells["setting"] != "").any() else [])]
-    columns = ["residual", "tolerance", "bound", "own_starts", "own_hits", "attained", "within ε", "supremum"]
+    columns = ["residual", "tolerance", "bound", "own_starts", "own_hits", "attained", "within ε", "own_supremum"]
     rows = []
     for row in cells.to_dict("records"):
         status = Cell(row["own_word"] or row["own_mark"].replace("_", " "), row["own_mark"], hover=row["says"])
-        found = [short(row[name]) for name in columns[:5]] + [number(row["attained"])]
-        rows.append([*(row[name] for name in fixed), status, *found, _range(row, "attained"), short(row["supremum"])])
+        found = {name: short(row.get(name)) for name in columns}
+        found |= {"attained": number(row["attained"]), "within ε": _range(row, "attained")}
+        rows.append([*(row[name] for name in fixed), status, *found.values()])
     columns = [name.removeprefix("own_") for name in columns]
     return [Table("Certificates", [*fixed, "certificate", *columns], rows, [CERTIFICATES], folded=len(rows) > MANY)]
 
@@ -206,14 +203,10 @@ def _searches(row: Mapping[str, Any]) -> str:
     """`64 starts, 5 % hit, 0.120 to 0.210`: how a gap was searched for, and its range; "" for any other."""
     if row["mark"] != SEARCHED:
         return ""
-    starts = f"{row['starts']:.0f} starts, {row['hits']:.0%} hit" if row["starts"] == row["starts"] else ""
+    starts = f"{counted([row['starts']], 'start')}, {row['hits']:.0%} hit" if row["starts"] == row["starts"] else ""
     return ", ".join(part for part in (starts, _range(row, "gap")) if part not in ("", NO_NUMBER))
 
 
 def _range(row: Mapping[str, Any], name: str) -> str:
     low, high = number(row[f"{name}_low"]), number(row[f"{name}_high"])
     return NO_NUMBER if NO_NUMBER in (low, high) else f"{low} to {high}"
-
-
-def _plural(word: str, count: int) -> str:
-    return word if count == 1 else f"{word}es" if word.endswith("s") else f"{word}s"

@@ -38,3 +38,5 @@ def test_one_way_of_writing_it():
     assert [number(-0.0001, math.nan, 1), number(None), number(0.5)] == ["0.000 (1)", "–", "0.500"]
     assert short(1234.56, 0.0456, "2 of 3") == "1235 ± 0.046 (2 of 3)"
     assert [counted([1, 1]), counted([3, 2]), counted([])] == ["1 seed", "2 to 3 seeds", "0 seeds"]
+    assert [counted([1], "loss"), counted([0], "loss"), counted([4, 2, 3], "loss")] == [
+        "1 loss", "0 losses", "2 to 4 losses"]  # fmt: skip

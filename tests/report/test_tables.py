@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pandas as pd
 from table_of_runs import cells, run
+from written_runs import write_run
 
 from cdpo.report import tables
 from cdpo.report.findings import findings
+from cdpo.report.write import report
 
 
 def test_seeds_that_change_nothing_are_no_repetitions():
@@ -29,3 +33,11 @@ def test_negative_gaps_are_told_beyond_what_searches_differ_by():
     found = cells(run("rlhf", 0.5), run("dpo", 0.5009), run("ipo", 0.5011))
     said = findings(pd.DataFrame(found.values()))
     assert [line for line in said if "negative, by over 0.001" in line and "(ipo under none)" in line] == said[1:]
+
+
+def test_one_loss_is_no_losses(tmp_path):
+    for loss in ("rlhf", "dpo"):
+        write_run(tmp_path, loss)
+    report(tmp_path)
+    assert "Heat map of 1 constraint by 1 loss, from" in (tmp_path / "report.md").read_text()
+    assert not re.search(r"\b1 (losses|constraints|runs|panels|seeds)", (tmp_path / "report.md").read_text())
