@@ -33,11 +33,13 @@ from cdpo.system.rendezvous import place
 
 SHOWN = (  # metrics in the table at the end of a run
     "objective/attained",
+    "frank_wolfe/gap",
     "eval/loss",
     "eval/rewards/accuracies",
     "eval/rewards/accuracies_stderr",
     "eval/rewards/margins",
 )
+ASIDE = ("bound", "starts", "hits", "mend")  # of a certificate, there too, where it is not certain
 
 
 def main() -> None:
@@ -112,11 +114,20 @@ def _show(summary: dict[str, Any], folder: Path) -> None:
     rows = {key: summary[key] for key in common if key in summary}  # a study has metrics only
     rows |= summary["metrics"] if "step" not in summary else {}
     rows |= {name: value for name in SHOWN if (value := summary["metrics"].get(name, math.nan)) == value}
-    if found := summary.get("certificate"):
-        rows["certificate"] = f"{found['status'].replace('_', ' ')}: {found['says']}"
+    rows |= _certificate_rows(summary.get("certificate") or {})
     reports = summary.get("constraint", {}).items()
     rows |= {f"constraint/{name}/{key}": value for name, report in reports for key, value in report.items()}
     summary_table(rows | {"directory": str(folder)}, title=folder.name)
+
+
+def _certificate_rows(found: dict[str, Any]) -> dict[str, Any]:
+    """What the table says of the end: whether it is an optimum; if that is not certain, how it was searched for."""
+    if not found:
+        return {}
+    rows = {"certificate": f"{found['status'].replace('_', ' ')}: {found['says']}"}
+    if found["status"] in ("searched", "not_reached"):
+        rows |= {f"certificate/{key}": found[key] for key in ASIDE if found.get(key, "") != ""}
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------------------ messages

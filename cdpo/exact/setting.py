@@ -98,7 +98,7 @@ def _meaning(name: str, constraint: Constraint, size: int) -> Iterator[tuple[str
             yield "pull", constraint.strength
         case _:
             reason = constraint.no_optimum or "no solver here knows it"
-            raise ConfigError(f"optimizer=exact with constraint={name}: {reason}; train, with optimizer=adamw")
+            raise ConfigError(f"optimizer=exact with constraint={name}: {reason}; use optimizer=adamw")
 
 
 def _both(key: str, one: float, other: float) -> float:

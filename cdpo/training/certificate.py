@@ -1,7 +1,7 @@
 """Is the policy at an optimum of its objective under its constraints? One gradient over the data, at the end of a run.
 
 A certificate is a dict: status (certified, searched, not_reached or none), says (a sentence), mend (words for the
-command line), and numbers, which stand in the metrics as certificate/<name>:
+command line: what finds an optimum, or searches harder), and numbers, which stand in the metrics as certificate/<name>:
 
 residual        norm of the gradient that the constraints do not hold back, over the norm at the first step
 tolerance       what the residual is held against
@@ -29,6 +29,7 @@ from cdpo.losses.candidates import RLHF
 from cdpo.losses.loss import per_unit, unit_weight
 from cdpo.model.gradient import Gradient
 from cdpo.model.tabular import Tabular
+from cdpo.training.checks import solvable
 from cdpo.training.run import Run
 
 PROVEN, SEARCHED = 1e-5, 1e-3  # of the residual: the error of the objective is of its square
@@ -57,7 +58,7 @@ def certify(run: Run, metrics: Mapping[str, float]) -> dict[str, Any]:
         found.pop("bound", None)
     reached = stationary(found) and found.get("infeasibility", 0.0) <= FEASIBLE
     status = "not_reached" if not reached else "certified" if proof else "searched"
-    return {"status": status, "says": sentence(status, proof, found), "mend": "" if reached else mend(run), **found}
+    return {"status": status, "says": sentence(status, proof, found), "mend": mend(run, status), **found}
 
 
 def stationary(found: Mapping[str, Any]) -> bool:
@@ -210,11 +211,17 @@ def proven(run: Run, metrics: Mapping[str, float]) -> str:
     return "convex" if convex else ""
 
 
-def mend(run: Run) -> str:
-    """What to add to the command, so that an optimum is found."""
-    if isinstance(run.session.spec.model, Tabular):
+def mend(run: Run, status: str) -> str:
+    """What to add to the command, so that an optimum is found, or is searched for harder; "" where there is nothing."""
+    if status == "certified":
+        return ""
+    if run.searches:
         how: Any = run.optimizer_config
-        return f"optimizer.steps={4 * how.steps}" if run.searches else "optimizer=exact"
+        return f"optimizer.starts={4 * how.starts}" if status == "searched" else f"optimizer.steps={4 * how.steps}"
+    if isinstance(run.session.spec.model, Tabular) and solvable(run.session.task.composed):
+        return "optimizer=exact trainer.max_steps=1 trainer.batch_size=null"  # whatever the command says of these
+    if status == "searched":
+        return ""
     schedule = "" if run.frank_wolfe else "trainer.batch_size=null optimizer.schedule=cosine "
     return f"{schedule}trainer.max_steps={4 * run.plan.steps}"
 
@@ -222,6 +229,8 @@ def mend(run: Run) -> str:
 def sentence(status: str, proof: str, found: dict[str, Any]) -> str:
     """The certificate in words."""
     residual = f"residual {found['residual']:.1e}"
+    if status == "certified" and found.get("supremum"):
+        return f"the infimum lies at infinity and is not attained ({proof}; {residual}, norm {found['norm']:.1e})"
     if status == "certified":
         return f"optimal ({proof}; {residual})"
     if status == "searched":

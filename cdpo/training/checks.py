@@ -5,6 +5,7 @@ Raises ConfigError with what to change; nothing here trains or writes.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from cdpo.config.build import build
@@ -38,6 +39,17 @@ def checked(composed: dict[str, Any]) -> Config:
     if spec.trainer.compile and isinstance(spec.model, Tabular):
         raise ConfigError("model=tabular has no decoder layers, which trainer.compile needs; set it to false")
     return spec
+
+
+def solvable(composed: dict[str, Any]) -> bool:
+    """Whether optimizer=exact would do this run."""
+    search = {"optimizer": {"_target_": "cdpo.optim.Exact"}}
+    search["trainer"] = composed["trainer"] | {"max_steps": 1, "batch_size": None}
+    try:
+        checked(copy.deepcopy(composed | search))
+    except ConfigError:
+        return False
+    return True
 
 
 def _check_drawn(spec: Config) -> None:
@@ -108,7 +120,7 @@ def _check_frank_wolfe(spec: Config) -> None:
 def _check_fsdp(spec: Config) -> None:
     """ConfigError for what does not work on shards."""
     refused = {
-        "optimizer=lbfgs": spec.optimizer.full_batch,
+        f"optimizer={type(spec.optimizer).__name__.lower()}": spec.optimizer.full_batch,
         "model=tabular": not hasattr(spec.model, "attention") and not hasattr(spec.model, "layers"),
         "trainer.samples": spec.trainer.samples > 0,
         "trainer.compile": spec.trainer.compile,

@@ -134,7 +134,8 @@ def check_sizes(
 ) -> None:
     """ConfigError for what does not go with so many Items."""
     if optimizer.full_batch and trainer.size(items) < items:
-        raise ConfigError("optimizer=lbfgs needs the full batch: set trainer.batch_size=null")
+        name = type(optimizer).__name__.lower()
+        raise ConfigError(f"optimizer={name} needs the full batch: set trainer.batch_size=null")
     for name, constraint in constraints.items():
         watched = getattr(constraint, "metric", None)
         if watched and not held_out:

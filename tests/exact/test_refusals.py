@@ -19,7 +19,7 @@ from cdpo.training.checks import checked
 REFUSED = {  # overrides, and what the message names
     "early_stop": (["constraint=early_stop_kl"], "constraint=early_stop_kl: early stopping is a point on the path"),
     "dropout": (["constraint=dropout"], "constraint=dropout: dropout is noise"),
-    "freeze": (["constraint=freeze"], "constraint=freeze: no solver here knows it"),
+    "freeze": (["constraint=freeze"], "constraint=freeze: no solver here knows it; use optimizer=adamw"),
     "dora": (["constraint=lora_r2", "constraint.lora_r2.dora=true"], "constraint=lora_r2"),
     "sparse_in_a_ball": (["constraint=[sparse_topk,l2_ball]"], "sparse_topk with another set"),
     "sparse_in_a_budget": (["constraint=[sparse_topk,kl_budget]"], "sparse_topk with another set"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from run_files import rows
 from small_runs import SMALL, interrupted_at
 
 from cdpo.errors import Preempted
+from cdpo.report.marks import mended
 from cdpo.training import loop
 
 BALL, BOX, BUDGET = "constraint.l2_ball.radius=", "constraint.linf_ball.radius=", "constraint.kl_budget.budget="
@@ -79,13 +81,33 @@ def test_adamw_with_projection_does_not_end_on_an_optimum(tmp_path):
     own = ["model=tabular", "logger=none", "beta=1", "loss=rlhf",
            "constraint=l2_ball", "constraint.l2_ball.radius=4"]  # fmt: skip
     steps = ["trainer.max_steps=100", "trainer.log_every=100", "trainer.eval_every=100", "optimizer.learning_rate=0.2"]
-    adamw = train(composed(*own, *steps), tmp_path / "adamw")
+    adamw = train(composed(*own, *steps, "trainer.batch_size=4"), tmp_path / "adamw")
     exact = train(composed(*own, "optimizer=exact", "optimizer.starts=2"), tmp_path / "exact")
     assert adamw["metrics"]["objective/attained"] < 0.5
     assert exact["metrics"]["objective/attained"] == pytest.approx(0.616, abs=5e-4)
     assert adamw["certificate"]["status"] == "not_reached"
-    assert adamw["certificate"]["mend"] == "optimizer=exact"
     assert adamw["certificate"]["residual"] > 0.1 > 1e-6 > exact["certificate"]["residual"]
+    command = shlex.join(["cdpo-train", *own, *steps, "trainer.batch_size=4"])
+    words = shlex.split(mended(command, adamw["certificate"]["mend"]))[1:]
+    found = train(composed(*words, "optimizer.starts=2"), tmp_path / "mended")
+    assert found["metrics"]["objective/attained"] == exact["metrics"]["objective/attained"]
+
+
+@pytest.mark.parametrize("own", [["loss=bco"], ["loss=dpo", "constraint=[sparse_topk,kl_budget]"]], ids=str)
+def test_what_exact_cannot_solve_is_to_be_trained_longer(own, tmp_path):
+    settings = composed("model=tabular", "logger=none", *own, "trainer.max_steps=2", "trainer.log_every=2")
+    found = train(settings, tmp_path)["certificate"]
+    assert found["status"] == "not_reached"
+    assert found["mend"] == "trainer.batch_size=null optimizer.schedule=cosine trainer.max_steps=8"
+
+
+def test_an_optimum_at_infinity_is_said_to_be_there(tmp_path):
+    """Hard labels that agree: DPO has no finite optimum."""
+    sampled = ("dataset.preferences=sampled", "dataset.pairs=20")
+    found = train(composed(*EXACT, *sampled, "loss=dpo", "constraint=none"), tmp_path)["certificate"]
+    assert (found["status"], found["supremum"]) == ("certified", True)
+    assert found["says"].startswith("the infimum lies at infinity and is not attained (convex; residual ")
+    assert found["mend"] == ""
 
 
 def test_trained_to_the_end_rlhf_is_certified_by_its_closed_form(tmp_path):
