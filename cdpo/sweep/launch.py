@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,8 +16,6 @@ from cdpo.sweep.polish import to_polish
 from cdpo.system.locks import locked
 from cdpo.system.rendezvous import place
 from cdpo.training.checks import checked
-
-log = logging.getLogger(__name__)
 
 
 class Launcher(Protocol):
@@ -94,7 +92,8 @@ def _polished(outcomes: list[Outcome], how: Launcher) -> list[Outcome]:
     tasks = to_polish([outcome.task for outcome in outcomes if not outcome.exit_code])
     if not tasks:
         return outcomes
-    log.info("%d searches go on from the solutions of other losses", len(tasks))
+    said = "from the solutions of other losses too: at most half of their own starts found the best"
+    print(f"{len(tasks)} of {len(outcomes)} runs search again, {said}", file=sys.stderr)
     for task in tasks:
         write_task(task)
     again = {outcome.directory: outcome for outcome in how.carry_out(tasks, len(tasks))}

@@ -56,7 +56,8 @@ class Processes(Launcher):
             return found
         if not self.said:
             self.said = True
-            print("on a table runs search for the optimum, by optimizer=exact; optimizer=adamw trains", file=sys.stderr)
+            said = "in a sweep runs on a table search for the optimum, by optimizer=exact; optimizer=adamw trains them"
+            print(said, file=sys.stderr)
         return self._composed([*overrides, "optimizer=exact"])
 
     def _composed(self, overrides: Sequence[str]) -> Task | Outcome:

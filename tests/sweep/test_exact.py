@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -48,7 +49,9 @@ def summary(directory: Path) -> dict:
 def test_the_gap_of_a_table_is_zero_without_a_constraint_and_searched_under_a_rank(tmp_path):
     losses = ("rlhf", "dpo")
     larger = ("dataset.prompts=6", "dataset.alphabet=4")
-    sweep(tmp_path, *larger, f"loss={','.join(losses)}", "constraint=none,lora_r1")
+    said = sweep(tmp_path, *larger, f"loss={','.join(losses)}", "constraint=none,lora_r1")
+    assert "in a sweep runs on a table search for the optimum" in said
+    assert re.search(r"[12] of 4 runs search again, from the solutions of other losses too: at most half of", said)
     found, gaps = runs(tmp_path), pd.read_csv(tmp_path / "swept/gap.csv").set_index(["loss", "constraint"])["gap"]
     assert abs(gaps["dpo", "none"]) < 1e-9
     assert gaps["dpo", "lora_r1"] > 0.001
@@ -70,7 +73,7 @@ def test_the_gap_of_a_table_is_zero_without_a_constraint_and_searched_under_a_ra
     best = summary(found["rlhf", "lora_r1"])["metrics"]["objective/J"]
     assert all(summary(found[loss, "lora_r1"])["metrics"]["objective/J"] <= best + 1e-9 for loss in losses)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")}
-    sweep(tmp_path, *larger, f"loss={','.join(losses)}", "constraint=none,lora_r1")
+    assert "again" not in sweep(tmp_path, *larger, f"loss={','.join(losses)}", "constraint=none,lora_r1")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")} == before
 
 
