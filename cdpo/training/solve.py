@@ -43,7 +43,8 @@ def solve(run: Run) -> None:
     by_objective = shares is None or not moves(run.loss)
     best = int((found.value if by_objective else -shares).argmin())  # type: ignore[operator]
     put(run, found, best)
-    rows = [*earlier(run, bool(begun)), *rows_of(found, shares)]
+    before, name = earlier(run, bool(begun)), run.directory.path.name
+    rows = joined(before, rows_of(found, shares), by_objective, name)
     solution = save({"change": found.change[best].reshape(table.start.shape).contiguous()})
     run.ranks.from_first(lambda: write_csv(run.directory.searches, rows))
     run.ranks.from_first(lambda: write_atomic(run.directory.solution, solution))
@@ -118,6 +119,20 @@ def earlier(run: Run, again: bool) -> list[dict[str, Any]]:
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     return [row | {key: float(row[key]) for key in ("objective", "attained", "norm")} for row in rows]
+
+
+def joined(
+    before: list[dict[str, Any]], after: list[dict[str, Any]], by_objective: bool, name: str
+) -> list[dict[str, Any]]:
+    """The rows of both rounds of a run of that name.
+
+    What began from its own solution has gone on from where that began: no other run has handed it over.
+    """
+    if before:
+        best = min(before, key=lambda row: row["objective"] if by_objective else -row["attained"])
+        own = {"origin": best["origin"]}
+        after = [row | own if row["origin"] == f"{HANDED_OVER}{name}" else row for row in after]
+    return [*before, *after]
 
 
 def told(rows: list[dict[str, Any]], by_objective: bool, fall: float, epsilon: float) -> dict[str, float]:

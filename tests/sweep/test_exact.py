@@ -20,6 +20,7 @@ from cdpo.sweep.exact import solvable, told
 from cdpo.sweep.polish import to_polish
 from cdpo.system.files import write_atomic, write_json
 from cdpo.training.directory import RunDirectory
+from cdpo.training.solve import joined
 from cdpo.training.solve import told as told_of
 
 WORLD = ("model=tabular", "logger=none", "beta=1")
@@ -70,6 +71,7 @@ def test_the_gap_of_a_table_is_zero_without_a_constraint_and_searched_under_a_ra
         assert {f"from {found['dpo', 'lora_r1'].name}", "random 0"} <= {row["origin"] for row in rows}
         assert summary(directory)["certificate"]["starts"] == 1 + 32  # the unconstrained optimum; the other's is none
         assert len(rows) > 1 + 32
+        assert f"from {directory.name}" not in {row["origin"] for row in rows}
     best = summary(found["rlhf", "lora_r1"])["metrics"]["objective/J"]
     assert all(summary(found[loss, "lora_r1"])["metrics"]["objective/J"] <= best + 1e-9 for loss in losses)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")}
@@ -93,11 +95,22 @@ def test_only_own_starts_count_and_each_once(by_objective, hits, low):
     """What another run handed over is the best by J; a start that went on in the second round found the best value."""
     first = [("unconstrained optimum", 2.0, 0.1), ("random 0", 1.5, 0.4), ("random 1", 1.6, 0.5)]
     second = [("unconstrained optimum", 1.0, 0.2), ("from another", 1.001, 0.9)]
-    rows = [dict(zip(("origin", "objective", "attained"), row)) for row in (*first, *second)]
-    found = told_of(rows, by_objective, -2.0 if by_objective else 1.0, 0.01)
+    first, second = ([dict(zip(("origin", "objective", "attained"), row)) for row in part] for part in (first, second))
+    found = told_of(joined(first, second, by_objective, "it"), by_objective, -2.0 if by_objective else 1.0, 0.01)
     assert (found["starts"], found["hits"]) == (3, hits)
     assert (found["attained_low"], found["attained_high"]) == (low, 0.9)
     assert (found["epsilon"], found["fall"]) == (0.01, 2.0 if by_objective else 1.0)
+
+
+@pytest.mark.parametrize(("by_objective", "origin"), [(True, "random 0"), (False, "random 1")])
+def test_what_goes_on_from_the_runs_own_solution_is_its_own(by_objective, origin):
+    first = [{"origin": "random 0", "objective": 1.0, "attained": 0.3},
+             {"origin": "random 1", "objective": 2.0, "attained": 0.4}]  # fmt: skip
+    second = [{"origin": f"from {name}", "objective": 0.9, "attained": 0.5} for name in ("it", "another")]
+    rows = joined(first, second, by_objective, "it")
+    assert [row["origin"] for row in rows] == ["random 0", "random 1", origin, "from another"]
+    found = told_of(rows, by_objective, 1.0, 0.01)
+    assert (found["starts"], found["hits"]) == (2, 0.5)
 
 
 def test_the_command_line_can_tell_how_to_train(tmp_path):
