@@ -29,8 +29,12 @@ NOISES = (0.01, 0.1, 1.0, 10.0)
 
 
 def training(study: Study) -> list[Drawing]:
-    """Attained (else the held-out loss) and the training loss over steps; a panel per constraint, bands over seeds."""
-    table = _histories(study)
+    """Attained (else the held-out loss) and the training loss over steps; a panel per constraint, bands over seeds.
+
+    A search takes one step, and a line from the reference to its optimum would be no path that it went.
+    """
+    found = _histories(study)
+    table = [run for run in found if any(step > 1 for points in run["history"].values() for step, _ in points)]
     known = {metric for run in table for metric, points in run["history"].items() if len(points) > 1}
     wanted = {
         "objective/attained": ("attained", "Attained over training, at each evaluation"),
@@ -39,7 +43,8 @@ def training(study: Study) -> list[Drawing]:
     }
     first = [name for name in ("objective/attained", "eval/loss") if name in known][:1]
     shown = [name for name in (*first, "loss") if name in known]
-    return [_over_steps(study, table, name, *wanted[name]) for name in shown]
+    note = " Searches, which take one step, are left out." if len(table) < len(found) else ""
+    return [_over_steps(study, table, name, *wanted[name], note) for name in shown]
 
 
 def path(study: Study) -> Drawing | None:
@@ -144,7 +149,9 @@ def _grouped(study: Study, table: list[dict[str, Any]], figure: Panels) -> list[
     return [(loss, title, runs) for loss, title, runs in found if runs]
 
 
-def _over_steps(study: Study, table: list[dict[str, Any]], metric: str, label: str, caption: str) -> Drawing:
+def _over_steps(study: Study, table: list[dict[str, Any]], metric: str, *texts: str) -> Drawing:
+    """A figure of a metric; texts: the name of its axis, the caption, a note below it."""
+    label, caption, note = texts
     known = [run for run in table if len(run["history"][metric]) > 1]
     figure = panels(_titles(study, known), sharey=metric == "objective/attained")
     for loss, title, runs in _grouped(study, known, figure):
@@ -154,8 +161,9 @@ def _over_steps(study: Study, table: list[dict[str, Any]], metric: str, label: s
             line(figure.axes[title], thinned, study.looks()[loss], loss, band=True)
     figure.labels("step", label)
     figure.legend()
-    over = counted(Counter((run["loss"], run["title"]) for run in known).values())
-    said = f"{caption}: means, bands are 95% t intervals over {over}."
+    seeds = Counter((run["loss"], run["title"]) for run in known).values()
+    bands = f"means, bands are 95% t intervals over {counted(seeds)}" if max(seeds) > 1 else "of one seed"
+    said = f"{caption}: {bands}.{note}"
     return figure.drawing(f"training-{label.replace(' ', '-')}", said, f"{counted([len(known)], 'run')}.")
 
 
@@ -183,6 +191,7 @@ def _densities(axes: Axes, study: Study, runs: Mapping[str, list[dict[str, Any]]
         look = study.looks()[loss]
         axes.plot(grid, np.mean(values, axis=0), label=loss, **look.line() | {"marker": None})
     axes.set_yticks([])
+    axes.locator_params(axis="x", nbins=5)  # at an optimum at infinity they have many digits
 
 
 def _ends(table: Mapping[str, Any]) -> tuple[float, float]:

@@ -63,7 +63,9 @@ class Study:
     def bars(self) -> str:
         """What bars and hollow markers say."""
         found = len(self.cells) and not self.cells["own_mark"].isin(GAPS).all()
-        return f"Bars: 95% t intervals over {self.seeds()}; long ones leave the panel.{HOLLOW * bool(found)}"
+        bars = f"Bars: 95% t intervals over {self.seeds()}; long ones leave the panel."
+        repeated = len(self.cells) and self.cells["seeds"].max() > 1
+        return f"{bars if repeated else 'Of one seed, so there are no bars.'}{HOLLOW * bool(found)}"
 
     def constraints(self) -> list[str]:
         return list(dict.fromkeys([*self.cells["constraint"], *self.runs[CONSTRAINT]]))
@@ -102,7 +104,7 @@ def quality(study: Study) -> Drawing | None:
         _dots(axes, study, name, list(groups))
         axes.set(xlabel=title, title="")
     figure.legend(beside=len(shown) == 1)
-    caption = f"Means. {study.bars()}"
+    caption = study.bars()
     if shown == ["attained"]:
         caption = f"Attained of the optimum: 0 is the reference, 1 the optimum without a constraint. {caption}"
     return figure.drawing("quality", caption, "A dot per loss, a row per constraint.")

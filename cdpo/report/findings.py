@@ -80,9 +80,9 @@ def _no_gaps(unreached: pd.DataFrame, without: pd.DataFrame) -> list[str]:
             f"early{_listed(unreached)}: shown as trained; the remarks below the table have what mends it."
         )
     if len(without):
-        words = ", ".join(dict.fromkeys(without["word"]))
+        words = " or ".join(dict.fromkeys(without["word"]))
         verb = "have" if len(without) > 1 else "has"
-        said.append(f"{_count(without, 'cell')} {verb} no certificate, and no gap without its word: {words}.")
+        said.append(f"{_count(without, 'cell')} {verb} no certificate, and instead a word before the number: {words}.")
     return said
 
 

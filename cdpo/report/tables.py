@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cdpo.report.findings import where
 from cdpo.report.gap import MEASURES
 from cdpo.report.intervals import NO_NUMBER, counted, number, short
-from cdpo.report.labels import text
+from cdpo.report.labels import is_null, text
 from cdpo.report.marks import ATTAINED, EXPLAINED, HARD, NONE, OVER, SEARCHED, SUPREMUM, is_over, legend, marked
 from cdpo.report.runs import DONE, METRIC
 
@@ -33,7 +33,10 @@ CERTIFICATES = (
     "within ε: what all solutions attain whose objective is within ε, a share of its fall, of the best. supremum: the "
     "norm, where the best lies at infinity."
 )
-BELOW = "Below a gap that was searched for: starts, the share that found the best, and the gap's range within ε of it."
+BELOW = (
+    "Below a gap that was searched for: starts; the share of them that found the best, which at 0% another loss has "
+    "found; the gap's range over solutions whose objective is within ε (optimizer.epsilon, a share of its fall) of it."
+)
 SEARCHES = "searches: runs that differ in restart or optimizer; one that is certified counts, else the best."
 MANY = 30  # rows; a longer table is folded
 
@@ -101,8 +104,9 @@ def certificates(cells: pd.DataFrame) -> list[Table]:
     rows = []
     for row in cells.to_dict("records"):
         status = Cell(row["own_word"] or row["own_mark"].replace("_", " "), row["own_mark"], hover=row["says"])
-        found = {name: short(row.get(name)) for name in columns}
-        found |= {"attained": number(row["attained"]), "within ε": _range(row, "attained")}
+        found = {name: short(row.get(name)) for name in columns} | {"attained": number(row["attained"])}
+        found |= {name: _rough(row[name]) for name in ("residual", "bound", "own_supremum")}
+        found |= {"own_hits": _share(row["own_hits"]), "within ε": _range(row, "attained")}
         rows.append([*(row[name] for name in fixed), status, *found.values()])
     columns = [name.removeprefix("own_") for name in columns]
     return [Table("Certificates", [*fixed, "certificate", *columns], rows, [CERTIFICATES], folded=len(rows) > MANY)]
@@ -203,8 +207,20 @@ def _searches(row: Mapping[str, Any]) -> str:
     """`64 starts, 5 % hit, 0.120 to 0.210`: how a gap was searched for, and its range; "" for any other."""
     if row["mark"] != SEARCHED:
         return ""
-    starts = f"{counted([row['starts']], 'start')}, {row['hits']:.0%} hit" if row["starts"] == row["starts"] else ""
+    starts = f"{counted([row['starts']], 'start')}, {_share(row['hits'])} hit" if row["starts"] == row["starts"] else ""
     return ", ".join(part for part in (starts, _range(row, "gap")) if part not in ("", NO_NUMBER))
+
+
+def _share(value: Any) -> str:
+    """`5%`; not 0% where it is more, nor 100% where it is less."""
+    if is_null(value):
+        return NO_NUMBER
+    return "<1%" if 0 < value < 0.01 else ">99%" if 0.99 < value < 1 else f"{value:.0%}"
+
+
+def _rough(value: Any) -> str:
+    """With two digits: how large it is, is all that counts."""
+    return NO_NUMBER if is_null(value) else f"{value:.2g}"
 
 
 def _range(row: Mapping[str, Any], name: str) -> str:

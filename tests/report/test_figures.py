@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 
 import pandas as pd
 from report_files import Page
@@ -36,6 +37,22 @@ def test_seeds_logged_at_other_steps_and_worlds_without_gain_keep_their_figures(
     page = report(tmp_path).read_text()
     assert "could not be drawn" not in page
     assert {"frontier", "training-attained"} <= {path.stem for path in figure_files(tmp_path)}
+
+
+def test_a_search_has_no_curve_and_one_seed_no_bars(tmp_path):
+    """It takes one step: a line from the reference to its optimum is no path that it went."""
+    trained, found = write_run(tmp_path, "rlhf"), write_run(tmp_path, "dpo")
+    lines = (found / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (found / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= 1))
+    text = Page(report(tmp_path).read_text()).text
+    assert "at each evaluation: of one seed. Searches, which take one step, are left out." in text
+    assert "Of one seed, so there are no bars." in text
+    drawn = (tmp_path / "figures" / "training-attained.svg").read_text()
+    assert "rlhf" in drawn
+    assert "dpo" not in drawn
+    shutil.rmtree(trained)
+    report(tmp_path)
+    assert "training-attained" not in {path.stem for path in figure_files(tmp_path)}
 
 
 def test_a_figure_of_ones_own_is_not_in_the_way(tmp_path):

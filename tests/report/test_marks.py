@@ -82,7 +82,7 @@ def test_the_certificates_have_the_solver_s_error(pages):
     numbers = [one[name] for name in ("attained_low", "attained_high", "starts", "hits", "supremum")]
     assert numbers == pytest.approx([0.4, 0.6, 64, 0.05, 1e7])
     assert one["gap_low"] == pytest.approx(one["ceiling"] - 0.6)
-    row = "| lora_r1 | gaussian_power | searched | 1e-08 | 1e-06 | – | 64 | 0.05 | 0.460 | 0.400 to 0.600 | 1e+07 |"
+    row = "| lora_r1 | gaussian_power | searched | 1e-08 | 1e-06 | – | 64 | 5% | 0.460 | 0.400 to 0.600 | 1e+07 |"
     assert row in (pages / "report.md").read_text()
 
 
@@ -203,6 +203,8 @@ def test_starts_and_hits_are_those_of_one_run():
     """The one of which the fewest starts found the best; of a closed form there is one start, which says nothing."""
     rows = [searched("rlhf", 0.9, starts=256, hits=0.01), searched("dpo", 0.7, starts=32, hits=0.5)]
     assert gap_cell(*rows).below == "256 starts, 1% hit"
+    rows[0]["metric/certificate/hits"] = 1 / 256
+    assert gap_cell(*rows).below == "256 starts, <1% hit"
     rows = [
         searched("rlhf", 0.9, starts=256, hits=1.0),
         run("dpo", 0.7, m_certificate__starts=1, m_certificate__hits=1.0),
