@@ -133,7 +133,8 @@ class Solver:
         best = self.best(self.objective, x, FINALISTS)
         x = x.index_copy(0, best, self.minimised(self.objective, x[best]))
         rows = int(self.objective.moved(x).sum())
-        for most, share in ((max(WINNERS, AT_ONCE // rows), QUARTER), (1, 1)):
+        rounds = [(max(WINNERS, AT_ONCE // rows), QUARTER), (1, 1)]
+        for most, share in rounds[: 1 if moves(self.objective.loss) else 2]:
             best = self.best(self.objective, x, most)
             x = x.index_copy(0, best, self.finished(self.objective, x[best], share))
         return x, none
