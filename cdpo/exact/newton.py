@@ -26,15 +26,16 @@ def newton(how: Descent, x: Tensor, active: Tensor | None = None) -> Tensor:
     return torch.cat([_solve(how, Points.at(how.function, one[None]), indices).x for one in x])
 
 
-def promised(function: Function, x: Tensor, active: Tensor) -> Tensor:
-    """By how much a Newton step would lower the function, as the parabola there says. [S, n] -> [S], in its own units
+def newton_step(function: Function, x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+    """A Newton step, and what it promises: how much lower the parabola there is. [S, n] -> [S, n], [S]
 
-    Half the square of the Newton decrement (Boyd and Vandenberghe 2004, 9.5.1), with |H| for H: it does not change with
-    the scale of a coordinate, as a gradient's norm does, and tells what is left to gain where an optimum lies at
-    infinity: of exp(-t) it says half.
+    The promise is half the square of the Newton decrement (Boyd and Vandenberghe 2004, 9.5.1), with |H| for H: it does
+    not change with the scale of a coordinate, as a gradient's norm does. Where exp(-t) falls towards infinity a step
+    has length 1 however far one has come, and promises half of what is left.
     """
     here = Points.at(function, x)
-    return _promised(here, _direction(function, here, active.nonzero().flatten()))
+    direction = _direction(function, here, active.nonzero().flatten())
+    return direction, _promised(here, direction)
 
 
 def hessian(function: Function, x: Tensor, indices: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from cdpo.exact.closed_form import closed_form
 from cdpo.exact.descent import Descent, Function, Points, lbfgs, projected_gradient, value_and_gradient
 from cdpo.exact.lagrangian import Augmented, Budget, within_budgets
-from cdpo.exact.newton import newton, promised
+from cdpo.exact.newton import newton, newton_step
 from cdpo.exact.problem import Objective, Table, norms
 from cdpo.exact.setting import Setting
 from cdpo.exact.sparse import EXCHANGES, largest, thresholded
@@ -28,7 +28,7 @@ FINALISTS, FEW = 12, 4  # starts that go on from there; few where each means man
 HALVINGS = 60  # of a start that is out of a budget
 ROUNDS = 6  # of the steps, with better multipliers each
 NOTHING = 1e-3  # of a gradient
-FAR, ON = 50.0, 1.5  # lengths of a change: beside the free one, beside its own
+ON, FURTHER = 1.5, 0.5  # beside its own length: how far a change is looked beyond. Of a logit: a step that leads away
 WINNERS, AT_ONCE = 3, 300  # finalists that Newton's method brings further, more where their Hessians have few rows
 QUARTER, ENOUGH = 4, 1e-8  # of the steps; the best of them may take all. Share of the fall that a step has to promise
 FREE_STEPS = 300
@@ -54,7 +54,7 @@ class Searches:
     value: Tensor  # [S]
     multiplier: Tensor  # [S]; of the KL budget, 0 without one
     at_start: float  # the objective at the reference
-    at_infinity: Tensor  # [S]; whether going on still pays, or the change is FAR longer than the free one
+    at_infinity: Tensor  # [S]; whether an optimum lies there; told of the lowest value only, where values rank
     promised: float  # what one more Newton step from the lowest value would gain; NaN unless that lies at infinity
     proof: str  # why the best is the optimum: "convex", "closed form"; "" where it is the best that was found
 
@@ -65,7 +65,7 @@ def search(table: Table, loss: Loss, setting: Setting, effort: Effort, more: Map
     known = closed_form(table, loss, setting)
     if known is not None:
         change, multiplier = known
-        return solver.found(["closed form"], change[None], multiplier[None], change, "closed form")
+        return solver.found(["closed form"], change[None], multiplier[None], "closed form")
     free = solver.unconstrained()
     convex = is_convex(table, loss, setting)
     begun = {"unconstrained optimum": free, **({} if convex else more)}
@@ -76,7 +76,7 @@ def search(table: Table, loss: Loss, setting: Setting, effort: Effort, more: Map
     if moves(loss):  # each is brought to the end, as nothing tells which are promising
         x = x[: max(FEW, len(begun))]
     x, multiplier = solver.solved(x)
-    return solver.found(names[: len(x)], x, multiplier, free, "convex" if convex else "")
+    return solver.found(names[: len(x)], x, multiplier, "convex" if convex else "")
 
 
 def is_convex(table: Table, loss: Loss, setting: Setting) -> bool:
@@ -168,12 +168,12 @@ class Solver:
             return torch.arange(len(x))
         return function(x).topk(min(most, len(x)), largest=False).indices
 
-    def found(self, names: list[str], x: Tensor, multiplier: Tensor, free: Tensor, proof: str) -> Searches:
+    def found(self, names: list[str], x: Tensor, multiplier: Tensor, proof: str) -> Searches:
         """What the starts came to, without those that were not brought to the end."""
         ended = ~x.isnan().any(1)
         x, value = x[ended], self.objective(x[ended])
         change = self.objective.change(x)
-        at_infinity = self._at_infinity(change, free)
+        at_infinity, promised = self._towards_infinity(x, value)
         return Searches(
             origins=[name for name, one in zip(names, ended.tolist()) if one],
             x=x,
@@ -182,22 +182,28 @@ class Solver:
             multiplier=multiplier[ended],
             at_start=self.at_start,
             at_infinity=at_infinity,
-            promised=self._promised(x, at_infinity, int(value.argmin())),
+            promised=promised,
             proof=proof,
         )
 
-    def _at_infinity(self, change: Tensor, free: Tensor) -> Tensor:
-        """Whether the optimum seems to lie there; where values rank nothing, whether no gradient is left beyond. [S]"""
-        loss = self.objective.free()
-        if self.setting.bounded or self.setting.budget:
-            return torch.zeros(len(change), dtype=torch.bool)
-        if moves(self.objective.loss):
-            return norms(value_and_gradient(loss, ON * change)[1]) <= NOTHING * self.scale
-        return (loss(ON * change) < loss(change)) | (norms(change) > FAR * norms(free[None]))
+    def _towards_infinity(self, x: Tensor, value: Tensor) -> tuple[Tensor, float]:
+        """Whether an optimum lies there, as Newton's step from the lowest value goes on and on; what that would gain.
 
-    def _promised(self, x: Tensor, at_infinity: Tensor, best: int) -> float:
-        told = bool(at_infinity[best]) and not moves(self.objective.loss)
-        return float(promised(self.objective, x[best : best + 1], self.objective.moved(x))) if told else math.nan
+        Where values rank nothing: whether no gradient is left beyond. [S, n] -> [S], []
+        """
+        none = torch.zeros(len(x), dtype=torch.bool)
+        if self.setting.bounded or self.setting.budget:
+            return none, math.nan
+        if moves(self.objective.loss):
+            beyond = value_and_gradient(self.objective.free(), ON * self.objective.change(x))[1]
+            return norms(beyond) <= NOTHING * self.scale, math.nan
+        best = x[value.argmin()][None]
+        active = self.objective.moved(x) & ((best[0] != 0) if self.setting.k is not None else True)
+        step, promised = newton_step(self.objective, best, active)
+        further = (self.objective.change(best + step) - self.objective.change(best)).abs().max()
+        if not further > FURTHER:
+            return none, math.nan
+        return none.index_fill(0, value.argmin(), True), float(promised)
 
     def budgets(self) -> list[Budget]:
         """What is to be at most 0: the KL less its budget; the norm of a product less its radius."""

@@ -65,3 +65,18 @@ def test_towards_infinity_a_search_goes_on_until_nothing_is_left(seed, rank, tmp
     assert certificate["norm"] > 1e3
     assert certificate["promised"] < 1e-6
     assert certificate["residual"] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("own", "infinite"),
+    [
+        (["dataset.preferences=sampled", "dataset.pairs=4", "dataset.prompts=3", "dataset.alphabet=3"], True),
+        (["dataset.preferences=sampled", "dataset.pairs=20", "constraint=sparse_topk"], True),
+        (["dataset.preferences=sampled", "dataset.pairs=4", "loss=ipo"], False),  # its margins have an aim
+        (["beta=0.1"], False),
+    ],
+)
+def test_what_hard_labels_part_lies_at_infinity_whole_or_only_in_part(own, infinite, tmp_path):
+    certificate = train(composed(*EXACT, "loss=dpo", *own), tmp_path / "run")["certificate"]
+    assert certificate["supremum"] == infinite
+    assert certificate["status"] == ("searched" if "constraint=sparse_topk" in own else "certified"), certificate
