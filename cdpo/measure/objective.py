@@ -41,6 +41,23 @@ def objective(logps: Logps, beta: float) -> dict[str, Tensor]:
     }
 
 
+def to_bradley_terry(logps: Logps) -> dict[str, Tensor]:
+    """Distances to the policy that explains the preferences, pi(k) ~ exp(r_k) on the candidates. name -> [I]
+
+    Enumerated: the Bradley-Terry policy, which no reference and no beta enter. Uniform: that of a choice among the K.
+    Of draws of the reference exp(r_k) makes pi_ref exp(r), another policy, so ask it of none. kl_to: KL(policy || it),
+    at most max -log it(k); kl_from: KL(it || policy), which grows without end as a response is given up; nats.
+    """
+    assert logps.rewards is not None
+    policy = replace(logps, policy=logps.policy.detach().double()).renormalised().policy
+    right = logps.log_softmax_by_item(logps.rewards.double())
+    return {
+        "kl_to_bradley_terry": logps.sum_by_item(policy.exp() * (policy - right)),
+        "kl_from_bradley_terry": logps.sum_by_item(right.exp() * (right - policy)),
+        "tv_to_bradley_terry": logps.sum_by_item((policy.exp() - right.exp()).abs()) / 2,
+    }
+
+
 def effective_sample_size(logps: Logps) -> Tensor:
     """Of K draws of the reference, how many they are worth as draws of the policy: 1 / sum_k pi(k)^2, in [1, K]. [I]
 

@@ -31,6 +31,8 @@ MEASURES = {  # column of a cell -> metric
     "margin": "eval/rewards/margins",
     "eval_loss": "eval/loss",
     "norm": "change/norm",
+    "tv_to_optimum": "objective/tv_to_optimum",
+    "tv_to_bradley_terry": "objective/tv_to_bradley_terry",
 }
 
 

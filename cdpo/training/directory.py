@@ -53,6 +53,7 @@ class RunDirectory:
     histograms = _File("histograms.jsonl")
     samples = _File("samples.jsonl")
     objective = _File("objective.csv")
+    candidates = _File("candidates.csv")  # the policy itself, on each prompt's candidates
     searches = _File("searches.csv")  # what every start of optimizer=exact came to
     solution = _File("solution.safetensors")  # the change of the table that it found
     starts = _File("starts.safetensors")  # optima of other losses, to begin from too

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from cdpo.batch import Item, Logps
 from cdpo.data.packing import Scored
 from cdpo.losses.loss import check_finite, per_unit, unit_weight
 from cdpo.measure.gaussian_view import gaussian_view, histograms, summarise
-from cdpo.measure.objective import attained, effective_sample_size, objective
+from cdpo.measure.objective import attained, effective_sample_size, objective, to_bradley_terry
 from cdpo.measure.objective import means as mean_objective
 from cdpo.measure.pairs import add_pair_metrics, correct
 from cdpo.model.logps import Statistics
@@ -24,10 +25,14 @@ from cdpo.training.run import Run
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found: numbers, a row per prompt where rewards are known, histograms over the pairs."""
+    """What an evaluation found: numbers, histograms over the pairs; where rewards are known rows of each prompt.
+
+    And a row per candidate: its reward, and what policy and reference make of it on the prompt's candidates, nats.
+    """
 
     metrics: dict[str, float]
     prompts: list[dict[str, Any]]
+    candidates: list[dict[str, Any]]
     histograms: dict[str, Any]
 
 
@@ -41,7 +46,7 @@ def evaluate(run: Run) -> Evaluation:
     """
     scored, tables = run.held_out, _Tables()
     if not scored.items:
-        return Evaluation({}, [], {})
+        return Evaluation({}, [], [], {})
     run.scorer.eval()
 
     def work(indices: tuple[int, ...]) -> Tensor:
@@ -69,6 +74,7 @@ class _Tables:
         self.means = Means()
         self.pairs: dict[str, list[Tensor]] = {}
         self.prompts: dict[str, list[Tensor]] = {}
+        self.candidates: list[dict[str, Any]] = []
         self.sources: list[str] = []  # of the prompts
         self.parts: list[Logps] = []  # where the loss must see them in one piece
 
@@ -82,10 +88,11 @@ class _Tables:
         _append(self.pairs, {"correct": correct(logps), "weight": logps.weight, **view})
         if logps.rewards is not None:
             columns = objective(logps, run.objective_beta)
-            if run.held_out.items[0].base == "empirical":
-                columns["effective_sample_size"] = effective_sample_size(logps)
+            drawn = run.held_out.items[0].base == "empirical"
+            columns |= {"effective_sample_size": effective_sample_size(logps)} if drawn else to_bradley_terry(logps)
             _append(self.prompts, columns)
             self.sources += logps.sources
+            self.candidates += of_candidates(logps)
 
     def add_loss_of_all(self, run: Run) -> None:
         """The loss of what was kept for it."""
@@ -107,7 +114,20 @@ class _Tables:
             metrics |= {f"objective/{name}": value for name, value in mean_objective(prompts).items()}
         columns = zip(self.sources, *(column.tolist() for column in prompts.values()))
         rows = [dict(zip(("source", *prompts), row)) for row in columns]
-        return Evaluation(metrics, [row | {"attained": attained(row)} for row in rows], bins)
+        return Evaluation(metrics, [row | {"attained": attained(row)} for row in rows], self.candidates, bins)
+
+
+def of_candidates(logps: Logps) -> list[dict[str, Any]]:
+    """A row per candidate of every Item, with its number among them, from 1 on."""
+    assert logps.rewards is not None
+    on_item, numbers = logps.renormalised(), Counter[int]()
+    columns = (one.tolist() for one in (logps.item, logps.rewards, on_item.reference, on_item.policy))
+    rows = []
+    for item, *found in zip(*columns):
+        numbers[item] += 1
+        values = dict(zip(("reward", "log_reference", "log_policy"), found))
+        rows.append({"source": logps.sources[item], "candidate": numbers[item], **values})
+    return rows
 
 
 def _append(table: dict[str, list[Tensor]], columns: dict[str, Tensor]) -> None:

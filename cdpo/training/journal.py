@@ -51,12 +51,13 @@ class Journal:
         self.bar.update(state.step, **{name: metrics[key] for name, key in SHOWN.items() if key in metrics})
 
     def evaluated(self, found: Evaluation) -> None:
-        """An evaluation: its numbers and those of the constraints, its histograms, at the end the table of prompts."""
+        """An evaluation: its numbers, those of the constraints, histograms; at the end rows of prompts, candidates."""
         self.record(found.metrics | self._reports())
         if found.histograms:
             self._append(self.directory.histograms, found.histograms)
         if self.writes and self.run.ended and found.prompts:
             write_csv(self.directory.objective, found.prompts)
+            write_csv(self.directory.candidates, found.candidates)
 
     def sampled(self, samples: Samples) -> None:
         """Sampled responses, and what they say of the policy's KL to the reference."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -12,9 +13,11 @@ from candidates import SIZES, logps_of
 from composing import composed, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import softmax
+from scipy.stats import entropy
 
 from cdpo.batch import Logps
-from cdpo.measure.objective import attained, means, objective
+from cdpo.measure.objective import attained, means, objective, to_bradley_terry
 
 EXACT = ("model=tabular", "optimizer=lbfgs", "logger=none", "beta=1", "trainer.eval_every=1000")
 
@@ -51,6 +54,33 @@ def test_the_objective_is_its_definition(beta):
     averaged = means(table)
     j, low, high = (np.mean([row[name] for row in expected]) for name in ("J", "J_reference", "J_optimum"))
     assert averaged["attained"] == pytest.approx((j - low) / (high - low), rel=1e-11)
+
+
+def test_the_bradley_terry_policy_says_of_two_responses_what_the_preferences_say():
+    """exp(r) on the candidates, by scipy; whatever the base, as no reference enters."""
+    logps = logps_of(3)
+    found = to_bradley_terry(logps)
+    chosen = to_bradley_terry(replace(logps, policy=logps.policy + logps.reference, base=0 * logps.reference))
+    for i in range(len(SIZES)):
+        at = (logps.item == i).numpy()
+        pi, right = softmax(logps.policy.numpy()[at]), softmax(logps.rewards.numpy()[at])
+        odds = np.log(right[:, None] / right[None])
+        np.testing.assert_allclose(odds, np.subtract.outer(logps.rewards.numpy()[at], logps.rewards.numpy()[at]))
+        expected = [entropy(pi, right), entropy(right, pi), np.abs(pi - right).sum() / 2]
+        np.testing.assert_allclose([float(column[i]) for column in found.values()], expected, rtol=1e-11)
+        np.testing.assert_allclose([float(column[i]) for column in chosen.values()], expected, rtol=1e-11)
+
+
+@pytest.mark.parametrize("base", ["uniform", "empirical"])
+def test_draws_of_the_reference_have_no_bradley_terry_policy(tmp_path, base):
+    rows = [{"prompt": f"{i}?", "responses": ["yes", "no"], "rewards": [1.0, i % 3]} for i in range(20)]
+    path = tmp_path / "scored.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = composed("dataset=jsonl", f"dataset.path={path}", f"dataset.base={base}", "logger=none", "loss=dpo",
+                   "model.hidden_size=16", "model.heads=2", "trainer.max_steps=1")  # fmt: skip
+    metrics = train(run, tmp_path / "run")["metrics"]
+    assert ("objective/tv_to_bradley_terry" in metrics) == (base == "uniform")
+    assert "objective/tv_to_optimum" in metrics
 
 
 @given(st.integers(0, 10_000), st.floats(0.05, 20))
@@ -102,7 +132,26 @@ def test_the_table_of_prompts_adds_up_to_the_metrics(tmp_path):
     summary = train(composed(*EXACT, "loss=dpo", "trainer.max_steps=2"), tmp_path / "run")
     table = np.genfromtxt(tmp_path / "run" / "objective.csv", delimiter=",", names=True, dtype=None, encoding="utf-8")
     assert list(table["source"]) == [f"bandit:{x + 1}" for x in range(16)]
-    for name in ("J", "J_reference", "J_optimum", "kl", "expected_reward", "kl_to_optimum", "tv_to_optimum"):
+    names = ["J", "J_reference", "J_optimum", "kl", "expected_reward", "kl_to_optimum", "tv_to_optimum"]
+    for name in (*names, *(f"{distance}_bradley_terry" for distance in ("kl_to", "kl_from", "tv_to"))):
         assert table[name].mean() == pytest.approx(summary["metrics"][f"objective/{name}"], rel=1e-12)
     one = table[3]
     assert one["attained"] == pytest.approx((one["J"] - one["J_reference"]) / (one["J_optimum"] - one["J_reference"]))
+
+
+def test_the_table_of_candidates_holds_the_policy(tmp_path):
+    """objective.csv again, from it."""
+    train(composed(*EXACT, "loss=dpo", "trainer.max_steps=2"), tmp_path / "run")
+    tables = {
+        name: np.genfromtxt(tmp_path / "run" / f"{name}.csv", delimiter=",", names=True, dtype=None, encoding="utf-8")
+        for name in ("candidates", "objective")
+    }
+    found = tables["candidates"]
+    assert list(found["candidate"][:9]) == [1, 2, 3, 4, 5, 6, 7, 8, 1]
+    for row in tables["objective"]:
+        one = found[found["source"] == row["source"]]
+        policy, reference = np.exp(one["log_policy"]), np.exp(one["log_reference"])
+        assert policy.sum() == pytest.approx(1, rel=1e-12)
+        assert (policy * one["reward"]).sum() == pytest.approx(row["expected_reward"], rel=1e-12)
+        assert entropy(policy, reference) == pytest.approx(row["kl"], rel=1e-9)
+        assert entropy(softmax(one["reward"]), policy) == pytest.approx(row["kl_from_bradley_terry"], rel=1e-9)
