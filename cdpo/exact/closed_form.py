@@ -18,14 +18,14 @@ LARGEST = 1e12  # mu, at which the KL is nothing
 
 
 def closed_form(table: Table, loss: Loss, setting: Setting) -> tuple[Tensor, Tensor] | None:
-    """The change of the table at the optimum of RLHF, and mu; None for other losses, settings, longer responses.
+    """The change of a table of logits at the optimum of RLHF, and mu; None for other losses, settings, responses.
 
     [C * V], []
     """
     known = isinstance(loss, (RLHF, OnPolicyRegression)) and setting == Setting(budget=setting.budget)
     fitted = getattr(loss, "rewards", "data") == "fitted"
     rewards = table.batch.fitted_rewards if fitted else table.batch.rewards
-    if not known or rewards is None or not table.one_token:
+    if not known or rewards is None or not table.one_token or table.features is not None:
         return None
     tilt = table.placed(rewards)
     beta = loss.beta  # type: ignore[attr-defined]

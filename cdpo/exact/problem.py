@@ -18,11 +18,14 @@ from cdpo.losses.loss import Loss, per_unit, unit_weight
 class Table:
     """A policy that is a table of C contexts by V symbols, [C, V], at its start, and one batch of all the data.
 
-    S starts at once are S copies of the data, whose Items are numbered on: so a loss needs to know nothing of them.
+    With features the logits are fixed + features @ table, and the table has a row per feature. S starts at once are S
+    copies of the data, whose Items are numbered on: so a loss needs to know nothing of them.
     """
 
-    start: Tensor  # [C, V]; logits of the reference
+    start: Tensor  # [C, V]; of the reference
     batch: Batch
+    fixed: Tensor | float = 0.0  # [contexts, V]; logits beside those of the features
+    features: Tensor | None = None  # [contexts, C]; None: the table holds the logits themselves
     copies: dict[int, Logps] = field(default_factory=dict, compare=False)  # of the data, by their number
 
     @property
@@ -32,12 +35,17 @@ class Table:
 
     def policy(self, change: Tensor) -> Tensor:
         """log pi(y|x) of all responses, in nats. [S, C * V] -> [S, responses]"""
-        tokens = (self.start + change.view(-1, *self.start.shape)).log_softmax(-1)
+        tokens = self.logits(change).log_softmax(-1)
         picked = tokens[:, self.context(), self.batch.target]
         if self.one_token:
             return picked
         owner = torch.repeat_interleave(self.batch.length)
         return picked.new_zeros(len(picked), len(self.batch.length)).index_add(1, owner, picked)
+
+    def logits(self, change: Tensor) -> Tensor:
+        """Of every next token, after every context. [S, C * V] -> [S, contexts, V]"""
+        table = self.start + change.view(-1, *self.start.shape)
+        return table if self.features is None else self.fixed + self.features @ table
 
     @property
     def one_token(self) -> bool:
@@ -53,7 +61,9 @@ class Table:
         return torch.zeros_like(self.start).index_put((self.context(), self.batch.target), values.double()).flatten()
 
     def used(self) -> Tensor:
-        """1 for contexts that the data come to, else 0. [C]"""
+        """1 for rows of the table that the data come to, else 0. [C]"""
+        if self.features is not None:
+            return (self.features[self.context()] != 0).any(0).to(self.start)
         return torch.zeros_like(self.start[:, 0]).index_fill(0, self.context(), 1.0)
 
     def kl(self, change: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 from cdpo.config.task import Task
 
 HOW = ("optimizer", "trainer.max_steps", "trainer.epochs", "trainer.batch_size", "trainer.max_grad_norm")
+TABLES = ("cdpo.model.Tabular", "cdpo.model.LogLinear")
 
 
 def told(overrides: Sequence[str], config: Any) -> bool:
@@ -19,7 +20,7 @@ def told(overrides: Sequence[str], config: Any) -> bool:
 
 def solvable(task: object) -> bool:
     """Whether optimizer=exact would do this run."""
-    if not isinstance(task, Task) or task.composed["model"]["_target_"] != "cdpo.model.Tabular":
+    if not isinstance(task, Task) or task.composed["model"]["_target_"] not in TABLES:
         return False
     from cdpo.training import checks  # with torch
 

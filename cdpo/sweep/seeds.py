@@ -16,7 +16,8 @@ from cdpo.config.task import Task
 from cdpo.errors import ConfigError
 
 DRAWN = ("cdpo.constraints.LoRA", "cdpo.constraints.Dropout")  # initialisation, masks
-EXACT = {"model": ("cdpo.model.Tabular", "cdpo.model.Tiny"), "dataset": ("cdpo.data.Bandit",)}
+MODELS = ("cdpo.model.Tabular", "cdpo.model.LogLinear", "cdpo.model.Tiny")  # whose start is not drawn by the seed
+EXACT = {"model": MODELS, "dataset": ("cdpo.data.Bandit",)}
 ADVICE = "drop them, draw a world for each (dataset.world_seed='${seed}'), or sample (dataset.preferences=sampled)"
 
 

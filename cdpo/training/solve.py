@@ -61,11 +61,13 @@ def solve(run: Run) -> None:
 
 
 def table_of(run: Run) -> Table:
-    """The policy's table where it started, and all of the data."""
+    """The policy's table where it started, the features that it is read by if it has some, and all of the data."""
     plain = [start for _, _, start in run.change.plain()]
     (start,) = plain or [layer.get_base_layer().weight.detach() for layer in run.change.adapted.values()]
     batch: Batch = run.train.batch(tuple(range(len(run.train.items))))
-    return Table(start.double(), batch)
+    extra = {name: one.double() for name, one in run.scorer.model.named_buffers()}
+    by_name = {name.rpartition(".")[2]: one for name, one in extra.items()}  # adapters put names before it
+    return Table(start.double(), batch, by_name.get("fixed", 0.0), by_name.get("features"))
 
 
 def known_solutions(run: Run) -> dict[str, Tensor]:

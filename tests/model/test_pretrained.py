@@ -34,6 +34,7 @@ from cdpo.constraints.lora import LoRA
 from cdpo.data.bandit import Bandit
 from cdpo.errors import ConfigError
 from cdpo.model.export import export
+from cdpo.model.loglinear import LogLinear
 from cdpo.model.pretrained import HuggingFace, check_lengths
 from cdpo.model.tabular import Tabular
 from cdpo.model.tiny import EOS, Tiny
@@ -198,7 +199,7 @@ def preset(name):
 @pytest.mark.parametrize("name", sorted(path.stem for path in (config.CONF / "model").glob("*.yaml")))
 def test_presets_have_the_keys_of_their_class_in_order(name):
     node = preset(name)
-    cls = {f"cdpo.model.{c.__name__}": c for c in (HuggingFace, Tiny, Tabular)}[node.pop("_target_")]
+    cls = {f"cdpo.model.{c.__name__}": c for c in (HuggingFace, LogLinear, Tiny, Tabular)}[node.pop("_target_")]
     assert list(node) == [field.name for field in dataclasses.fields(cls)]
     hub_id = node.pop("name_or_path", None)
     assert hub_id == ("some/model" if name == "hf" else HUB.get(name))
@@ -208,4 +209,5 @@ def test_presets_have_the_keys_of_their_class_in_order(name):
 
 
 def test_no_preset_is_missing():
-    assert {path.stem for path in (config.CONF / "model").glob("*.yaml")} == {*HUB, "hf", "tiny", "tabular"}
+    own = {"hf", "tiny", "tabular", "loglinear"}
+    assert {path.stem for path in (config.CONF / "model").glob("*.yaml")} == {*HUB, *own}
