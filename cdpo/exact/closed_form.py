@@ -18,16 +18,18 @@ LARGEST = 1e12  # mu, at which the KL is nothing
 
 
 def closed_form(table: Table, loss: Loss, setting: Setting) -> tuple[Tensor, Tensor] | None:
-    """The change of a table of logits at the optimum of RLHF, and mu; None for other losses, settings, responses.
+    """The change of the table at the optimum of RLHF, and mu; None for other losses, settings, longer responses.
+
+    And for features that cannot make that optimum.
 
     [C * V], []
     """
     known = isinstance(loss, (RLHF, OnPolicyRegression)) and setting == Setting(budget=setting.budget)
     fitted = getattr(loss, "rewards", "data") == "fitted"
     rewards = table.batch.fitted_rewards if fitted else table.batch.rewards
-    if not known or rewards is None or not table.one_token or table.features is not None:
+    tilt = table.placed(rewards) if known and rewards is not None and table.one_token else None
+    if tilt is None:
         return None
-    tilt = table.placed(rewards)
     beta = loss.beta  # type: ignore[attr-defined]
     if setting.budget is None or _kl(table, tilt / beta) <= setting.budget:
         return tilt / beta, tilt.new_zeros(())

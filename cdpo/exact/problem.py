@@ -56,9 +56,17 @@ class Table:
         """The token that every response token comes after. [N]"""
         return self.batch.input_ids.flatten()[self.batch.predict_at][self.batch.position]
 
-    def placed(self, values: Tensor) -> Tensor:
-        """A number for every response of one token, put where the table holds its logit; 0 elsewhere. [S] -> [C * V]"""
-        return torch.zeros_like(self.start).index_put((self.context(), self.batch.target), values.double()).flatten()
+    def placed(self, values: Tensor) -> Tensor | None:
+        """The least change that adds these numbers to the logits of responses of one token. [responses] -> [C * V]
+
+        None where no change does, as features of one response are those of another.
+        """
+        logits = torch.zeros_like(self.logits(self.start.new_zeros(1, self.size))[0])
+        logits = logits.index_put((self.context(), self.batch.target), values.double())
+        if self.features is None:
+            return logits.flatten()
+        change = torch.linalg.pinv(self.features) @ logits
+        return change.flatten() if torch.allclose(self.features @ change, logits, rtol=0.0, atol=1e-12) else None
 
     def used(self) -> Tensor:
         """1 for rows of the table that the data come to, else 0. [C]"""
