@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 ORDER = (
     "gap",
     "quality",
+    "interpolation",
+    "preservation",
     "levels",
     "setting",
     "frontier",
@@ -59,19 +61,22 @@ def pages(
     study: Study, table: pd.DataFrame, labelled: pd.DataFrame, pictures: list[Picture], problems: list[str]
 ) -> dict[str, str]:
     """report.md and report.html, as text."""
-    from cdpo.report import tables
+    from cdpo.report import desiderata, tables
     from cdpo.report.findings import findings
 
+    verdicts = desiderata.tables(study)
     texts = {
         "title": study.folder.resolve().name,
         "summary": tables.summary(table, study.cells, study.settings),
-        "findings": findings(study.cells) + problems if len(labelled) else problems,
-        "sections": _sections(study, table, labelled, pictures),
+        "findings": findings(study.cells) + desiderata.said(verdicts) + problems if len(labelled) else problems,
+        "sections": _sections(study, table, labelled, pictures, verdicts),
     }
     return {f"report.{extension}": _rendered(f"report.{extension}.j2", texts) for extension in ("md", "html")}
 
 
-def _sections(study: Study, table: pd.DataFrame, labelled: pd.DataFrame, pictures: list[Picture]) -> list[Section]:
+def _sections(
+    study: Study, table: pd.DataFrame, labelled: pd.DataFrame, pictures: list[Picture], verdicts: Sequence[Any]
+) -> list[Section]:
     from cdpo.report import tables
 
     cells, known = study.cells, len(study.cells) > 0
@@ -91,6 +96,7 @@ def _sections(study: Study, table: pd.DataFrame, labelled: pd.DataFrame, picture
         Section(
             "attained", "Attained", share, [tables.attained(cells)] if rewards else (), of["quality"] if rewards else ()
         ),
+        Section("desiderata", "Desiderata", "", verdicts, of["interpolation"] + of["preservation"]),
         Section("levels", "Levels and settings", "", (), of["levels"] + of["setting"]),
         Section("frontier", "Reward against KL", "", (), of["frontier"]),
         Section("training", "Training", "", (), of["training"] + of["path"]),

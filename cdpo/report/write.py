@@ -62,9 +62,18 @@ def figure_files(folder: Path) -> list[Path]:
 
 def draw(study: Study) -> tuple[list[Picture], list[str]]:
     """Make every figure that has data, write it, remove those of an earlier report; also what could not be drawn."""
-    from cdpo.report import curves, figures, levels, plotting
+    from cdpo.report import curves, desiderata, figures, levels, plotting
 
-    makers = (figures.gap_map, figures.quality, levels.levels, levels.by_setting, figures.frontier, curves.training)
+    makers = (
+        figures.gap_map,
+        figures.quality,
+        desiderata.probabilities,
+        desiderata.preserved,
+        levels.levels,
+        levels.by_setting,
+        figures.frontier,
+        curves.training,
+    )
     makers += (curves.path, figures.tightness, curves.distributions, curves.penalties)  # type: ignore[assignment]
     pictures, problems = [], []
     with plotting.style():
