@@ -31,3 +31,17 @@ def test_the_table_of_the_theory(tmp_path):
         assert cell["attained"] == pytest.approx(dpo, abs=1e-4), constraint
         assert cell["gap"] == pytest.approx(ceiling - cell["attained"], abs=1e-12)
         assert cell["gap"] > -1e-9
+
+
+@pytest.mark.slow
+def test_the_desiderata_from_one_command_each(tmp_path):
+    """EXPO passes both, DPO neither; with one change for both prompts nobody keeps the good one."""
+    for name in ("interpolation", "preservation"):
+        given = [f"experiment={name}", "loss=dpo,expo", f"output_root={tmp_path}"]
+        subprocess.run([sys.executable, "-m", "cdpo.train", *given], check=True, capture_output=True)
+    text = (tmp_path / "interpolation" / "report.md").read_text()
+    assert "| dpo | fail | 0.0067 |" in text
+    assert "| expo | pass | 0.0067 |" in text
+    assert "Interpolation: 1 of 2 pass (expo)." in text
+    text = (tmp_path / "preservation" / "report.md").read_text()
+    assert "Preservation: 1 of 4 pass (expo model.sharing 0)." in text

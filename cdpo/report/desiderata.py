@@ -119,22 +119,22 @@ def preserved(study: Study) -> Drawing | None:
     for axes in figure.axes.values():
         axes.set(yscale="log", xlim=(max(-1.1, points["improved"].min() - 0.05), 1.05))
         axes.axvline(0, color=INK, linewidth=0.6, linestyle=":")
-    figure.labels("share of the way to π* on the other prompts", "KL(π* ‖ π) on the good prompts (nats)")
+    figure.labels("improvement of the others", "KL on the good prompts (nats)")
     figure.legend()
     caption = (
-        "What improving the other prompts costs those on which the reference is π* already; a point per weight of the "
-        f"regulariser. Left of 0 the others get worse. Below {FLOOR:g} nats points lie on the axis."
+        "KL(π* ‖ π) on the prompts on which the reference is π* already, against the share of the way to π* that the "
+        f"others go (left of 0 they get worse); a point per weight. Below {FLOOR:g} nats points lie at {FLOOR:g}."
     )
     return figure.drawing("preservation", caption, f"Lines for {points['loss'].nunique()} losses.")
 
 
 def both_kinds(found: pd.DataFrame) -> pd.DataFrame:
-    """A row per run: on the good prompts the largest kl and missed, on the others the least share `improved`."""
+    """A row per run, by weight: on good prompts the largest kl and missed, on the others the least share `improved`."""
     shares = found.assign(improved=(1 - found["missed"] / found["start"]).where(~found["good"]))
     keys = [*KEYS, "weight"]
     good = shares[shares["good"]].groupby(keys, sort=False)[["kl", "missed"]].max()
     rest = shares[~shares["good"]].groupby(keys, sort=False).agg({"improved": "min", "solid": "all"})
-    return good.join(rest, how="inner").reset_index().sort_values("weight", kind="stable")
+    return good.join(rest, how="inner").reset_index()
 
 
 # ------------------------------------------------------------------------------------------------------------ verdicts
