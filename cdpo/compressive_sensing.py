@@ -47,8 +47,7 @@ class Point:
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of the rate."""
-        low, high = binomtest(self.recovered, self.trials).proportion_ci(method="wilson")
-        return float(low), float(high)
+        return wilson(self.recovered, self.trials)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +126,12 @@ class Recovery:
         axes.set_title(f"{self.measurements} measurements, {self.trials} signals per point, 95 % intervals")
         axes.legend(title="penalty", frameon=False, alignment="left")
         return figure
+
+
+def wilson(recovered: int, trials: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    low, high = binomtest(recovered, trials).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 def curve(axes: Axes, points: list[Point], label: str) -> None:

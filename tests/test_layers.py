@@ -11,7 +11,7 @@ import cdpo
 PACKAGE = Path(cdpo.__file__).parent
 ORDER = [
     "errors", "system", "batch", "config", "data", "losses", "optim", "model", "constraints", "measure",
-    "compressive_sensing", "exact", "training", "report", "sweep", "train",
+    "compressive_sensing", "exact", "policy_recovery", "training", "report", "sweep", "train",
 ]  # fmt: skip
 
 

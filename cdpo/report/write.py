@@ -134,16 +134,17 @@ def _write_tables(folder: Path, table: pd.DataFrame, cells: pd.DataFrame) -> Non
 
 
 def _recoveries(folder: Path, table: pd.DataFrame) -> list[Picture]:
-    """The figures of runs of compressive sensing, as images of their own."""
+    """The figures of runs of compressive sensing, on signals or on policies, as images of their own."""
     found: list[Picture] = []
     for name in table["directory"]:
-        path = folder / name / "recovery.svg"
-        if os.path.isfile(path):  # False too where it may not be looked at
-            alt = f"Share of sparse signals recovered over their number of non-zeros, in {name}."
+        paths = sorted((folder / name).glob("recovery*.svg"))  # none where it may not be looked at
+        for path in filter(os.path.isfile, paths):
+            what = f"{path.stem.removeprefix('recovery').strip('-') or 'sparse signals'} ({name})"
             data = base64.b64encode(path.read_bytes()).decode()
+            alt = f"Shares recovered by every penalty: {what}."
             element = f'<img src="data:image/svg+xml;base64,{data}" alt="{html.escape(alt)}">'
-            caption = f"Recovery of sparse signals by the penalties ({name})."
             place = path.relative_to(folder).as_posix()
+            caption = f"Recovery by the penalties: {what}."
             found.append(Picture(f"recovery-{len(found) + 1}", caption, alt, place, element))
     return found
 
