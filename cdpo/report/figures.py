@@ -46,6 +46,7 @@ class Study:
     runs: pd.DataFrame
     cells: pd.DataFrame
     settings: Sequence[str]
+    every: pd.DataFrame  # all runs that trained, also those that another search for the same optimum has beaten
 
     def looks(self) -> dict[str, Look]:
         """How every loss is drawn, RLHF in ink."""

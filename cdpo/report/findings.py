@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from cdpo.report.intervals import counted, number
-from cdpo.report.marks import ABOUT, AT_LEAST, CERTIFIED, EXPLAINED, GAPS, HARD, NONE, NOT_REACHED, SEARCHED, SLACK
+from cdpo.report.labels import is_null
+from cdpo.report.marks import (
+    ABOUT,
+    AT_LEAST,
+    AT_MOST,
+    CERTIFIED,
+    EXPLAINED,
+    GAPS,
+    HARD,
+    NONE,
+    NOT_REACHED,
+    SEARCHED,
+    SLACK,
+    marked,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SIGNS = {AT_LEAST: "at least ", ABOUT: "about "}
+SIGNS = {AT_LEAST: "at least ", ABOUT: "about ", AT_MOST: "at most "}
+SHOWN = 5  # cells that a sentence names
 
 
 def findings(cells: pd.DataFrame) -> list[str]:
@@ -33,7 +49,8 @@ def findings(cells: pd.DataFrame) -> list[str]:
     said = [_extremes(parts[mark], mark) for mark in GAPS if len(parts[mark])]
     hard = known[known["hard"]]
     said += [f"On {EXPLAINED[HARD]}{_listed(hard)}."] * bool(len(hard))
-    return [*said, *_against_zero(known[known["mark"].isin(GAPS)]), *_no_gaps(parts[NOT_REACHED], parts[NONE])]
+    said += _against_zero(known[known["mark"].isin(GAPS)])
+    return [*said, *_below_reference(cells), *_no_gaps(parts[NOT_REACHED], parts[NONE])]
 
 
 def where(row: Mapping[str, Any]) -> str:
@@ -71,6 +88,29 @@ def _against_zero(known: pd.DataFrame) -> list[str]:
     return said
 
 
+def _below_reference(cells: pd.DataFrame) -> list[str]:
+    """Where a policy is worse than its reference, so than no training; and what RLHF attains there."""
+    below = cells[cells["attained"] < -SLACK].sort_values("attained")
+    if below.empty:
+        return []
+    sure = below[below["attained"] < -below["attained_half"].fillna(math.inf)]
+    parts = [_attained(row) for row in below.head(SHOWN).to_dict("records")]
+    more = "; ..." if len(below) > SHOWN else ""
+    said = f"On the mean worse than the reference, which is attained < 0, in {_count(below, 'cell')}"
+    return [f"{said}, in {len(sure)} beyond the interval: {'; '.join(parts)}{more}."]
+
+
+def _attained(row: Mapping[str, Any]) -> str:
+    value = marked(number(row["attained"], row["attained_half"], row["attained_n"]), *_own(row))
+    ceiling = "" if row["is_ceiling"] or is_null(row["ceiling"]) else f", where RLHF attains {number(row['ceiling'])}"
+    return f"{value}, {row['loss']} under {where(row)}{ceiling}"
+
+
+def _own(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The marks of what a loss attains, in words."""
+    return row["own_mark"], SIGNS.get(row["own_sign"], "").strip(), row["own_word"]
+
+
 def _no_gaps(unreached: pd.DataFrame, without: pd.DataFrame) -> list[str]:
     """What is no gap, and why."""
     said = []
@@ -92,4 +132,4 @@ def _count(part: pd.DataFrame, word: str) -> str:
 
 def _listed(part: pd.DataFrame) -> str:
     found = [f"{row['loss']} under {where(row)}" for row in part.to_dict("records")]
-    return f" ({', '.join(found[:5])}{', ...' if len(found) > 5 else ''})" if found else ""
+    return f" ({', '.join(found[:SHOWN])}{', ...' if len(found) > SHOWN else ''})" if found else ""

@@ -26,6 +26,7 @@ ORDER = (
     "preservation",
     "levels",
     "setting",
+    "errors",
     "frontier",
     "training",
     "path",
@@ -97,7 +98,7 @@ def _sections(
             "attained", "Attained", share, [tables.attained(cells)] if rewards else (), of["quality"] if rewards else ()
         ),
         Section("desiderata", "Desiderata", "", verdicts, of["interpolation"] + of["preservation"]),
-        Section("levels", "Levels and settings", "", (), of["levels"] + of["setting"]),
+        Section("levels", "Levels and settings", "", (), of["levels"] + of["setting"] + of["errors"]),
         Section("frontier", "Reward against KL", "", (), of["frontier"]),
         Section("training", "Training", "", (), of["training"] + of["path"]),
         Section("tightness", "Constraints", "", (), of["tightness"]),

@@ -192,7 +192,8 @@ def hatch(axes: Axes, cells: pd.DataFrame) -> None:
 def heat(axes: Axes, values: pd.DataFrame, texts: pd.DataFrame, low: float, high: float) -> None:
     """A table as colours between `low` and `high`, with texts of the same shape written in; – for none."""
     palette = seaborn.color_palette("flare", as_cmap=True)
-    seaborn.heatmap(values, ax=axes, cmap=palette, vmin=low, vmax=high, cbar=False, linewidths=1, linecolor=PAPER)
+    options = {"cbar": False, "linewidths": 1, "linecolor": PAPER, "xticklabels": 1, "yticklabels": 1}  # a tick each
+    seaborn.heatmap(values, ax=axes, cmap=palette, vmin=low, vmax=high, **options)
     for row, column in np.ndindex(values.shape):
         value = values.iloc[row, column]
         ink = INK if value != value else _readable(palette((value - low) / (high - low)))

@@ -44,7 +44,8 @@ def report(folder: Path) -> Path:
     labelled = labels.label(table)
     found = gap.with_gaps(gap.best(labelled))
     settings = [labels.shown(name) for name in labelled.settings]
-    study = Study(folder, found if len(found) else labelled.runs, gap.cells(found, labelled.settings), settings)
+    cells, runs_shown = gap.cells(found, labelled.settings), found if len(found) else labelled.runs
+    study = Study(folder, runs_shown, cells, settings, labelled.runs.assign(optimizer=table["optimizer"]))
     pictures, problems = draw(study)
     _write_tables(folder, table, study.cells)
     page = pages(study, table, labelled.runs, [*pictures, *_recoveries(folder, table)], problems)
@@ -62,7 +63,7 @@ def figure_files(folder: Path) -> list[Path]:
 
 def draw(study: Study) -> tuple[list[Picture], list[str]]:
     """Make every figure that has data, write it, remove those of an earlier report; also what could not be drawn."""
-    from cdpo.report import curves, desiderata, figures, levels, plotting
+    from cdpo.report import curves, desiderata, errors, figures, levels, plotting
 
     makers = (
         figures.gap_map,
@@ -71,6 +72,7 @@ def draw(study: Study) -> tuple[list[Picture], list[str]]:
         desiderata.preserved,
         levels.levels,
         levels.by_setting,
+        errors.errors,
         figures.frontier,
         curves.training,
     )
