@@ -138,9 +138,8 @@ def _write_tables(folder: Path, table: pd.DataFrame, cells: pd.DataFrame) -> Non
 def _recoveries(folder: Path, table: pd.DataFrame) -> list[Picture]:
     """The figures of runs of compressive sensing, on signals or on policies, as images of their own."""
     found: list[Picture] = []
-    for name in table["directory"]:
-        paths = sorted((folder / name).glob("recovery*.svg"))  # none where it may not be looked at
-        for path in filter(os.path.isfile, paths):
+    for name in filter(lambda name: os.path.isdir(folder / name), table["directory"]):  # False where it may not be seen
+        for path in sorted((folder / name).glob("recovery*.svg")):
             what = f"{path.stem.removeprefix('recovery').strip('-') or 'sparse signals'} ({name})"
             data = base64.b64encode(path.read_bytes()).decode()
             alt = f"Shares recovered by every penalty: {what}."
