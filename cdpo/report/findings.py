@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -90,20 +89,21 @@ def _against_zero(known: pd.DataFrame) -> list[str]:
 
 def _below_reference(cells: pd.DataFrame) -> list[str]:
     """Where a policy is worse than its reference, so than no training; and what RLHF attains there."""
-    below = cells[cells["attained"] < -SLACK].sort_values("attained")
+    below = cells[cells["below_reference"] > 0].sort_values("attained")
     if below.empty:
         return []
-    sure = below[below["attained"] < -below["attained_half"].fillna(math.inf)]
     parts = [_attained(row) for row in below.head(SHOWN).to_dict("records")]
     more = "; ..." if len(below) > SHOWN else ""
-    said = f"On the mean worse than the reference, which is attained < 0, in {_count(below, 'cell')}"
-    return [f"{said}, in {len(sure)} beyond the interval: {'; '.join(parts)}{more}."]
+    found = _count(below, "cell")
+    return [f"Some runs are worse than the reference, which is attained < 0, in {found}: {'; '.join(parts)}{more}."]
 
 
 def _attained(row: Mapping[str, Any]) -> str:
     value = marked(number(row["attained"], row["attained_half"], row["attained_n"]), *_own(row))
     ceiling = "" if row["is_ceiling"] or is_null(row["ceiling"]) else f", where RLHF attains {number(row['ceiling'])}"
-    return f"{value}, {row['loss']} under {where(row)}{ceiling}"
+    return (
+        f"{row['below_reference']} of {row['seeds']} seeds, mean {value}, of {row['loss']} under {where(row)}{ceiling}"
+    )
 
 
 def _own(row: Mapping[str, Any]) -> tuple[str, str, str]:

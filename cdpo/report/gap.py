@@ -79,7 +79,8 @@ def with_gaps(kept: pd.DataFrame) -> pd.DataFrame:
 def cells(found: pd.DataFrame, settings: Sequence[str]) -> pd.DataFrame:
     """One row per loss, constraint and setting: gap and MEASURES, each as the `interval` of its values over seeds.
 
-    `identical`: the runs of all seeds have the same numbers, so they count as one.
+    `identical`: the runs of all seeds have the same numbers, so they count as one. `below_reference`: seeds whose
+    attained is below 0 by over SLACK.
     """
     import pandas as pd
 
@@ -192,7 +193,8 @@ def _no_partner(row: Mapping[str, Any], ceilings: pd.DataFrame) -> str:
 def _cell(key: dict[str, Any], group: pd.DataFrame) -> dict[str, Any]:
     first, identical = group.iloc[0], _identical(group)
     row = key | {name: first[name] for name in ("setting", "family", "level_name", "level", "is_ceiling", "at_norm")}
-    row |= {"seeds": len(group), "identical": identical}
+    below = int((_numbers(group, MEASURES["attained"]) < -SLACK).sum())
+    row |= {"seeds": len(group), "identical": identical, "below_reference": below}
     for name, values in [("gap", group["gap"]), *((name, _numbers(group, MEASURES[name])) for name in MEASURES)]:
         known = values.dropna().tolist()
         once = identical and len(set(known)) == 1

@@ -76,9 +76,9 @@ def test_where_a_policy_is_worse_than_its_reference():
     rows += [run("ipo", a, "lora_r1", seed=s) for s, a in enumerate((0.3, -0.5, 0.1))]
     said = [line for line in findings(pd.DataFrame(cells(*rows).values())) if "worse than the reference" in line]
     assert said == [
-        "On the mean worse than the reference, which is attained < 0, in 2 cells, in 1 beyond the interval: "
-        "-0.210 ± 0.025 (3), dpo under lora_r1, where RLHF attains 0.500; "
-        "-0.033 ± 1.034 (3), ipo under lora_r1, where RLHF attains 0.500."
+        "Some runs are worse than the reference, which is attained < 0, in 2 cells: "
+        "3 of 3 seeds, mean -0.210 ± 0.025 (3), of dpo under lora_r1, where RLHF attains 0.500; "
+        "1 of 3 seeds, mean -0.033 ± 1.034 (3), of ipo under lora_r1, where RLHF attains 0.500."
     ]
     assert not any(
         "worse" in line for line in findings(pd.DataFrame(cells(run("rlhf", 1.0), run("dpo", 0.0)).values()))
