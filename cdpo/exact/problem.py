@@ -142,14 +142,33 @@ class Objective:
     def __call__(self, x: Tensor) -> Tensor:
         """f at every point. [S, n] -> [S]"""
         change = self.change(x)
-        logps = self.table.logps(change)
-        value, weight = per_unit(self.loss, logps), unit_weight(self.loss, logps)
-        value, weight = (one.view(len(x), -1) for one in (value, weight))
-        total = (value * weight).sum(1) / weight[0].sum()
+        total = self.shares(change).sum(1)
         if self.decay:
             trained = x if self.rank is not None else self.table.start.flatten() + x
             total = total + self.decay / 2 * trained.square().sum(1)
         return total + self.pull / 2 * change.square().sum(1) if self.pull else total
+
+    def shares(self, change: Tensor) -> Tensor:
+        """What each pair or Item adds to the mean of the loss. [S, C * V] -> [S, units]"""
+        logps = self.table.logps(change)
+        value, weight = per_unit(self.loss, logps), unit_weight(self.loss, logps)
+        value, weight = (one.view(len(change), -1) for one in (value, weight))
+        return value * weight / weight[0].sum()
+
+    def by_row(self, x: Tensor) -> Tensor:
+        """What each row of the table adds to f, for responses of one token, each of which reads one. [S, n] -> [S, C]
+
+        Of a loss whose pairs know nothing of each other this depends on the row alone.
+        """
+        change = self.change(x)
+        shares, batch = self.shares(change), self.table.batch
+        row = torch.zeros(len(batch.sources), dtype=torch.long).index_copy(0, batch.item, self.table.context())
+        row = row if self.loss.unit == "item" else row[batch.item[batch.pairs[:, 0]]]
+        rows = len(self.table.start)
+        total = shares.new_zeros(len(x), rows).index_add(1, row, shares)
+        if self.rank is not None and self.decay:
+            total = total + self.decay / 2 * self.factors(x)[0].square().sum(1)
+        return total + self.pull / 2 * change.view(len(x), rows, -1).square().sum(2)
 
     def free(self) -> Objective:
         """The same without a rank and without what is added to the loss."""

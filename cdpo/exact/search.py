@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cdpo.exact.closed_form import closed_form
 from cdpo.exact.descent import Descent, Function, Points, lbfgs, projected_gradient, value_and_gradient
+from cdpo.exact.factors import explored
 from cdpo.exact.lagrangian import Augmented, Budget, within_budgets
 from cdpo.exact.newton import newton, newton_step
 from cdpo.exact.problem import Objective, Table, norms
@@ -129,7 +130,7 @@ class Solver:
         if budgets := self.budgets():
             return self.solved_within(x, budgets)
         if len(x) > 1:
-            x = self.minimised(self.objective, x, EXPLORED)
+            x = self.explored(x)
         best = self.best(self.objective, x, FINALISTS)
         x = x.index_copy(0, best, self.minimised(self.objective, x[best]))
         rows = int(self.objective.moved(x).sum())
@@ -138,6 +139,14 @@ class Solver:
             best = self.best(self.objective, x, most)
             x = x.index_copy(0, best, self.finished(self.objective, x[best], share))
         return x, none
+
+    def explored(self, x: Tensor) -> Tensor:
+        """A few steps of every start; of low rank also scans of its rows, where each has its own part of the loss."""
+        loss, table = self.objective.loss, self.objective.table
+        apart = not moves(loss) and not getattr(loss, "whole_steps", False) and table.one_token
+        if self.setting.rank is None or not apart or table.features is not None:
+            return self.minimised(self.objective, x, EXPLORED)
+        return explored(self.objective, self.minimised, x)
 
     def solved_within(self, x: Tensor, budgets: Sequence[Budget]) -> tuple[Tensor, Tensor]:
         """The same where budgets are to be kept; every start begins within them. NaN where one was not finished."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cdpo.batch import Logps
-from cdpo.exact.descent import Descent, Points, projected_gradient
+from cdpo.exact.descent import Descent, Points, projected_gradient, value_and_gradient
 from cdpo.losses.gaussian import Gaussian
 from cdpo.policy_recovery.draws import Problem, largest
 
@@ -37,15 +37,13 @@ class Objective:
     free: Tensor  # [S, d]; which entries of θ may move
     progress: float = 0.0  # of noise that falls
 
-    def __call__(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        rows = points[:, -1].long()
+    def __call__(self, points: Tensor) -> Tensor:
+        rows, theta = points[:, -1].detach().long(), points[:, :-1]
         all_there = len(rows) == len(self.free)  # then in order: saves a copy
         chosen = self.problem.chosen if all_there else self.problem.chosen[rows]
-        margins = torch.bmm(chosen, points[:, :-1, None]).squeeze(2).requires_grad_()
-        values = self.loss(self._logps(margins, self.reference[rows])).view_as(margins).mean(1)
-        (slopes,) = torch.autograd.grad(values.sum(), margins)
-        gradient = torch.bmm(slopes[:, None], chosen).squeeze(1) * self.free[rows]
-        return values.detach(), numbered(gradient, torch.zeros(len(rows)))
+        theta = torch.where(self.free[rows], theta, theta.detach())
+        margins = torch.bmm(chosen, theta[:, :, None]).squeeze(2)
+        return self.loss(self._logps(margins, self.reference[rows])).view_as(margins).mean(1)
 
     def _logps(self, policy: Tensor, reference: Tensor) -> Logps:
         """The pairs as a loss sees them, each a prompt; log-probs up to a constant of the prompt, which cancels.
@@ -139,5 +137,5 @@ def supported(ball: Ball, theta: Tensor, k: int) -> tuple[Ball, Tensor]:
 def steepest(objective: Objective, points: Tensor, k: int) -> Tensor:
     """Which k entries of θ the loss falls along most steeply. [A, d + 1] -> [A, d] truth values"""
     whole = replace(objective, free=torch.ones_like(objective.free))
-    gradient = whole(points)[1][:, :-1].abs()
+    gradient = value_and_gradient(whole, points)[1][:, :-1].abs()
     return largest(gradient, min(k, gradient.shape[1]))

@@ -1,0 +1,59 @@
+"""Starts of a change of low rank, brought into better valleys: its rows are chosen anew, each the best for itself.
+
+A change of rank r gives every row of the table r numbers, which say how far it goes along directions that all rows
+share. With the directions held, a row's part of the loss is its own. So descent, which moves a row downhill only, takes
+turns with a scan of many values for each number, of all rows and all starts at once (ours).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cdpo.exact.problem import Objective
+
+SCANNED = (0.0, 0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 10.0, 30.0)  # with either sign; of the rows' median
+
+#: (starts, how many of the best go on to it; steps): the first of all, each but the last followed by a scan
+STAGES = ((None, 25), (None, 25), (24, 60), (24, 60), (24, 60))
+
+
+def explored(objective: Objective, solve: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """Where starts come to in steps between scans, the more promising ones in more. [S, n] -> [S, n]
+
+    `solve` minimises from given points in so many steps.
+    """
+    for i, (most, steps) in enumerate(STAGES):
+        at = objective(x).topk(min(most or len(x), len(x)), largest=False).indices
+        y = solve(objective, x[at], steps)
+        x = x.index_copy(0, at, scanned(objective, y) if i + 1 < len(STAGES) else y)
+    return x
+
+
+def scanned(objective: Objective, x: Tensor) -> Tensor:
+    """x with the numbers of every row chosen from a few, where that lowers the objective. [S, n] -> [S, n]"""
+    found = x
+    for k in range(objective.rank or 0):
+        found = _scanned(objective, found, k)
+    return torch.where((objective(found) < objective(x))[:, None], found, x)
+
+
+def _scanned(objective: Objective, x: Tensor, k: int) -> Tensor:
+    """The same for the k-th number of each row."""
+    wide, tall = objective.factors(x)
+    median = wide[:, k, objective.table.used() > 0].abs().median(1, keepdim=True).values
+    best, chosen = objective.by_row(x), wide[:, k]
+    for share in (sign * one for one in SCANNED for sign in (1, -1)):
+        tried = (share * median).expand_as(chosen)
+        value = objective.by_row(_joined(wide, k, tried, tall))
+        lower = value < best
+        best, chosen = torch.where(lower, value, best), torch.where(lower, tried, chosen)
+    return _joined(wide, k, chosen, tall)
+
+
+def _joined(wide: Tensor, k: int, row: Tensor, tall: Tensor) -> Tensor:
+    """The factors with the k-th row of the first one replaced, as a point."""
+    others = wide.index_copy(1, wide.new_tensor([k]).long(), row[:, None])
+    return torch.cat([others.flatten(1), tall.flatten(1)], dim=1)
