@@ -143,7 +143,7 @@ class Exact:
     """No steps at all: one search for the optimum (`cdpo.exact`), which takes the place of the run's only step."""
 
     learning_rate: None = None  # there is none; models bring one along
-    starts: int = 64
+    starts: int = 128
     steps: int = 250  # of each start, at most
     tolerance: float = 1e-8  # of the gradient, as a share of its norm at the reference
     epsilon: float = 0.01  # share of the objective's fall within which solutions count as equally good

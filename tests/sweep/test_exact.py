@@ -69,7 +69,7 @@ def test_the_gap_of_a_table_is_zero_without_a_constraint_and_searched_under_a_ra
         with open(directory / "searches.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         assert {f"from {found['dpo', 'lora_r1'].name}", "random 0"} <= {row["origin"] for row in rows}
-        assert summary(directory)["certificate"]["starts"] == 1 + 64  # the unconstrained optimum; the other's is none
+        assert summary(directory)["certificate"]["starts"] == 1 + 128  # the unconstrained optimum; the other's is none
         assert len(rows) > 1 + 32
         assert f"from {directory.name}" not in {row["origin"] for row in rows}
     best = summary(found["rlhf", "lora_r1"])["metrics"]["objective/J"]
