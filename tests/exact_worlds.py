@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from composing import composed, train
+
+from cdpo.training import solve
 
 EXACT = ("model=tabular", "logger=none", "optimizer=exact")
 SIZES = {"ragged": [4, 3, 5], "wide": [3, 7], "tall": [3, 2, 3, 4, 3, 2]}  # responses per prompt
@@ -45,3 +49,16 @@ def limited(kind: str, size: float) -> list[str]:
         "penalty": ["constraint=l2_to_start", f"constraint.l2_to_start.strength={size}"],
         "rank": [f"constraint=lora_r{int(size)}"],
     }[kind]
+
+
+def problem(folder: Path, *overrides: str) -> tuple[Any, ...]:
+    """What `cdpo.exact.search.search` is asked by a run of optimizer=exact: table, loss, setting, effort, starts."""
+    asked: list[tuple[Any, ...]] = []
+
+    def stop(*question: Any) -> None:
+        asked.append(question)
+        raise InterruptedError
+
+    with patch.object(solve, "search", stop), suppress(InterruptedError):
+        train(composed(*EXACT, *overrides), folder)
+    return asked[0]

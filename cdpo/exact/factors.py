@@ -15,13 +15,11 @@ from torch import Tensor
 from cdpo.exact.problem import Objective
 
 SCANNED = (0.0, 0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 10.0, 30.0)  # with either sign; of the rows' median
-
-#: (starts, how many of the best go on to it; steps): the first of all, each but the last followed by a scan
-STAGES = ((None, 25), (None, 25), (24, 60), (24, 60), (24, 60))
+STAGES = ((None, 25), (None, 25), (24, 60), (24, 60), (24, 60))  # how many of the best starts (None: all), steps
 
 
 def explored(objective: Objective, solve: Callable[..., Tensor], x: Tensor) -> Tensor:
-    """Where starts come to in steps between scans, the more promising ones in more. [S, n] -> [S, n]
+    """Where starts come to, the more promising ones in more stages, between which rows are scanned. [S, n] -> [S, n]
 
     `solve` minimises from given points in so many steps.
     """
@@ -55,5 +53,5 @@ def _scanned(objective: Objective, x: Tensor, k: int) -> Tensor:
 
 def _joined(wide: Tensor, k: int, row: Tensor, tall: Tensor) -> Tensor:
     """The factors with the k-th row of the first one replaced, as a point."""
-    others = wide.index_copy(1, wide.new_tensor([k]).long(), row[:, None])
+    others = wide.index_copy(1, torch.tensor([k]), row[:, None])
     return torch.cat([others.flatten(1), tall.flatten(1)], dim=1)
