@@ -31,7 +31,7 @@ ROUNDS = 6  # of the steps, with better multipliers each
 NOTHING = 1e-3  # of a gradient
 ON, FURTHER = 1.5, 0.5  # beside its own length: how far a change is looked beyond. Of a logit: a step that leads away
 WINNERS, AT_ONCE = 3, 300  # finalists that Newton's method brings further, more where their Hessians have few rows
-QUARTER, ENOUGH = 4, 1e-8  # of the steps; the best of them may take all. Share of the fall that a step has to promise
+QUARTER, ENOUGH = 4, 1e-7  # of the steps; the best of them may take all. Share of the fall that a step has to promise
 FREE_STEPS = 300
 
 

@@ -33,7 +33,7 @@ from cdpo.training.checks import solvable
 from cdpo.training.run import Run
 
 PROVEN, SEARCHED = 1e-5, 1e-3  # of the residual: the error of the objective is of its square
-PROMISED = 1e-5  # of the objective's fall, where the best lies at infinity: there a gradient's norm says little
+PROMISED = 1e-4  # of the objective's fall, where the best lies at infinity: there a gradient's norm says little
 COARSE = 1e-2  # of weights in fewer digits
 FEASIBLE = 1e-6  # nats
 ROUNDS, SETTLED = 1000, 1e-8  # of several constraints that hold a gradient back together; beside the first gradient
@@ -229,14 +229,14 @@ def mend(run: Run, status: str) -> str:
 def sentence(status: str, proof: str, found: dict[str, Any]) -> str:
     """The certificate in words."""
     residual = f"residual {found['residual']:.1e}"
+    left = f", a Newton step would gain {found['promised']:.0e} of the fall" if "promised" in found else ""
     if status == "certified" and found.get("supremum"):
         return f"the infimum lies at infinity and is not attained ({proof}; {residual}, norm {found['norm']:.1e})"
     if status == "certified":
         return f"optimal ({proof}; {residual})"
     if status == "searched":
         where = f"a supremum at infinity, norm {found['norm']:.1e}" if found.get("supremum") else "stationary"
-        left = f", a Newton step would gain {found['promised']:.0e} of the fall" if "promised" in found else ""
         return f"{where} ({residual}{left}); other optima are not excluded"
     excess = found.get("infeasibility", 0.0)
     over = f", {excess:.1e} nats over its budget" if excess > FEASIBLE else ""
-    return f"not stationary ({residual}, tolerance {found['tolerance']:.0e}{over})"
+    return f"not stationary ({residual}, tolerance {found['tolerance']:.0e}{left}{over})"
