@@ -84,16 +84,20 @@ def _carried_out(tasks: list[Task | Outcome], how: Launcher) -> list[Outcome]:
         write_task(task)
     known = {outcome.directory: outcome for outcome in how.carry_out(todo, len(tasks))}
     outcomes = [known.get(one.directory) if isinstance(one, Task) else one for one in found]
-    return _polished([outcome for outcome in outcomes if outcome], how)
+    ended = [outcome for outcome in outcomes if outcome]
+    for rlhf in (False, True):
+        ended = _polished(ended, how, rlhf)
+    return ended
 
 
-def _polished(outcomes: list[Outcome], how: Launcher) -> list[Outcome]:
+def _polished(outcomes: list[Outcome], how: Launcher, rlhf: bool) -> list[Outcome]:
     """The same after the searches for optima among them have seen each other's solutions (`cdpo.sweep.polish`)."""
-    tasks = to_polish([outcome.task for outcome in outcomes if not outcome.exit_code])
+    tasks = to_polish([outcome.task for outcome in outcomes if not outcome.exit_code], rlhf)
     if not tasks:
         return outcomes
     said = "from the solutions of other losses too: at most half of their own starts found the best"
-    print(f"{len(tasks)} of {len(outcomes)} runs search again, {said}", file=sys.stderr)
+    last = "RLHF last, " if rlhf else ""
+    print(f"{len(tasks)} of {len(outcomes)} runs search again, {last}{said}", file=sys.stderr)
     for task in tasks:
         write_task(task)
     again = {outcome.directory: outcome for outcome in how.carry_out(tasks, len(tasks))}

@@ -1,12 +1,13 @@
 """After a sweep of optimizer=exact: each search again, from the solutions of the other losses on the same problem too.
 
-A policy that one loss led to may be better for another loss than all that its own starts found. A search that goes on
-so is at least as good as what the other losses had found before; what they find in the second round may be better yet.
+A policy that one loss led to may be better for another loss than all that its own starts found. RLHF goes on last, from
+what the others have found by then: so it attains at least what they do.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -16,19 +17,27 @@ from cdpo.config.task import Task
 from cdpo.system.files import json_object, remove, write_atomic
 from cdpo.training.directory import RunDirectory
 
+MORE = 1e-6  # attained, by which another loss beats RLHF
 UNANIMOUS = 0.5  # share of starts that found the best, from which on no other solution is looked at
 
 
-def to_polish(tasks: Iterable[Task]) -> list[Task]:
-    """The runs that are to search again, whose directories are made ready for it.
+def to_polish(tasks: Iterable[Task], rlhf: bool) -> list[Task]:
+    """The runs of RLHF, or of other losses, that are to search again, whose directories are made ready for it.
 
     Left out: what is proven to be optimal, what most starts found, and what has begun from all of these runs already.
+    But not RLHF where another loss attains more.
     """
     problems: dict[str, list[Task]] = defaultdict(list)
     for task in tasks:
         if RunDirectory(task.directory).solution.is_file():
             problems[_problem(task)].append(task)
-    return [task for same in problems.values() for task in same if _made_ready(task, same)]
+    of_kind = [(task, same) for same in problems.values() for task in same if _is_rlhf(task) == rlhf]
+    return [task for task, same in of_kind if _made_ready(task, same)]
+
+
+def _is_rlhf(task: Task) -> bool:
+    loss = task.composed["loss"]
+    return bool(loss["_target_"] == "cdpo.losses.RLHF" and loss.get("rewards", "data") == "data")
 
 
 def _problem(task: Task) -> str:
@@ -41,14 +50,22 @@ def _problem(task: Task) -> str:
 def _made_ready(task: Task, same: list[Task]) -> bool:
     directory = RunDirectory(task.directory)
     certificate: dict[str, Any] = json_object(directory.summary)[0].get("certificate") or {}
-    sure = certificate.get("status") == "certified" or certificate.get("hits", 1.0) > UNANIMOUS
+    most = max(_attained(other) for other in same)
+    beaten = _is_rlhf(task) and most > _attained(task) + MORE
+    sure = certificate.get("status") == "certified" or (certificate.get("hits", 1.0) > UNANIMOUS and not beaten)
     names = {other.directory.name for other in same}
-    if sure or len(same) == 1 or names <= _seen(directory):
+    if sure or len(same) == 1 or (names <= _seen(directory) and not beaten):
         return False
     write_atomic(directory.starts, _together(same))
     for path in (directory.status, directory.checkpoints, directory.summary):  # without the first it is not done
         remove(path)
     return True
+
+
+def _attained(task: Task) -> float:
+    """What a run attains; minus infinity without rewards."""
+    metrics = json_object(RunDirectory(task.directory).summary)[0].get("metrics") or {}
+    return float(metrics.get("objective/attained", -math.inf))
 
 
 def _seen(directory: RunDirectory) -> set[str]:

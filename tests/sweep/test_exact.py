@@ -52,7 +52,9 @@ def test_the_gap_of_a_table_is_zero_without_a_constraint_and_searched_under_a_ra
     larger = ("dataset.prompts=6", "dataset.alphabet=4")
     said = sweep(tmp_path, *larger, f"loss={','.join(losses)}", "constraint=none,lora_r1")
     assert "in a sweep runs on a table search for the optimum" in said
-    assert re.search(r"[12] of 4 runs search again, from the solutions of other losses too: at most half of", said)
+    assert re.search(
+        r"1 of 4 runs search again, RLHF last, from the solutions of other losses too: at most half of", said
+    )
     found, gaps = runs(tmp_path), pd.read_csv(tmp_path / "swept/gap.csv").set_index(["loss", "constraint"])["gap"]
     assert abs(gaps["dpo", "none"]) < 1e-9
     assert gaps["dpo", "lora_r1"] > 0.001
@@ -153,23 +155,35 @@ def test_what_counts_as_told(overrides, answer):
 
 
 def test_runs_without_solutions_are_left_alone(tmp_path):
-    assert to_polish([Task(tmp_path, composed("model=tabular"))]) == []
+    assert both_rounds(Task(tmp_path, composed("model=tabular"))) == ([], [])
 
 
-def searched(folder: Path, loss: str, **certificate) -> Task:
+def searched(folder: Path, loss: str, attained: float = 0.5, **certificate) -> Task:
     """A run that is done, with its solution."""
     directory = RunDirectory(folder / loss)
     write_atomic(directory.solution, save({"change": torch.ones(2, 3)}))
-    write_json(directory.summary, {"certificate": {"status": "searched", "hits": 0.1, **certificate}})
+    told_of = {"status": "searched", "hits": 0.1, **certificate}
+    write_json(directory.summary, {"certificate": told_of, "metrics": {"objective/attained": attained}})
     return Task(directory.path, composed("model=tabular", f"loss={loss}", "optimizer=exact", "constraint=lora_r1"))
+
+
+def both_rounds(*tasks: Task) -> tuple[list[Task], list[Task]]:
+    """Those of other losses, and of RLHF, that are to search again."""
+    return to_polish(tasks, rlhf=False), to_polish(tasks, rlhf=True)
 
 
 def test_a_new_loss_beside_them_lets_all_search_again_once(tmp_path):
     rlhf, dpo = searched(tmp_path, "rlhf"), searched(tmp_path, "dpo")
-    assert to_polish([rlhf]) == []
-    assert to_polish([rlhf, dpo]) == [rlhf, dpo]
+    assert both_rounds(rlhf) == ([], [])
+    assert both_rounds(rlhf, dpo) == ([dpo], [rlhf])
     rlhf, dpo = searched(tmp_path, "rlhf"), searched(tmp_path, "dpo")  # done again
-    assert to_polish([rlhf, dpo]) == []
+    assert both_rounds(rlhf, dpo) == ([], [])
     ipo, sure = searched(tmp_path, "ipo"), searched(tmp_path, "wpo_candidates", hits=0.6)
-    assert to_polish([rlhf, dpo, ipo, sure]) == [rlhf, dpo, ipo]
+    assert both_rounds(rlhf, dpo, ipo, sure) == ([dpo, ipo], [rlhf])
     assert set(load_file(rlhf.directory / "starts.safetensors")) == {"rlhf", "dpo", "ipo", "wpo_candidates"}
+
+
+@pytest.mark.parametrize(("attained", "again"), [(0.6, True), (0.5, False), (0.4, False)])
+def test_rlhf_searches_again_whatever_its_starts_found_where_another_loss_attains_more(attained, again, tmp_path):
+    rlhf, dpo = searched(tmp_path, "rlhf", hits=0.9), searched(tmp_path, "dpo", attained, hits=0.9)
+    assert both_rounds(rlhf, dpo) == ([], [rlhf] if again else [])
