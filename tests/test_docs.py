@@ -281,11 +281,13 @@ def test_the_example_world_is_read(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_leaves_what_the_page_says(tmp_path):
-    """All files of the table but those of failed runs, of sweeps and of GPUs."""
-    options = ["trainer.max_steps=2", "trainer.samples=1", "trainer.sample_tokens=4", "name=run"]
-    command = [sys.executable, "-m", "cdpo.train", *options]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
+    """All files of the table but those of failed runs, of sweeps and of GPUs: one run trains, another one searches."""
+    trains = ["trainer.max_steps=2", "trainer.samples=1", "trainer.sample_tokens=4", "name=trains"]
+    for options in (trains, ["model=tabular", "optimizer=exact", "name=searches"]):
+        command = [sys.executable, "-m", "cdpo.train", *options]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr
     told = {quoted(row[0])[0].rstrip("/") for row in table("What a run leaves behind", "run_directory.md")}
-    elsewhere = {"nonfinite.json", "output.log", "micro_batch.json"}
-    assert {path.name for path in (tmp_path / "outputs/run").iterdir()} == told - elsewhere
+    elsewhere = {"nonfinite.json", "output.log", "micro_batch.json", "starts.safetensors"}
+    left = {path.name for run in ("trains", "searches") for path in (tmp_path / "outputs" / run).iterdir()}
+    assert left == told - elsewhere
