@@ -14,7 +14,8 @@ from torch import Tensor
 
 from cdpo.exact.problem import Objective
 
-SCANNED = (0.0, 0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 10.0, 30.0)  # with either sign; of the rows' median
+SIZES = (0.03, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 10.0, 30.0)  # of the rows' median
+SCANNED = (0.0, *(sign * size for size in SIZES for sign in (1, -1)))
 STAGES = ((None, 25), (None, 25), (24, 60), (24, 60), (24, 60))  # how many of the best starts (None: all), steps
 
 
@@ -42,13 +43,28 @@ def _scanned(objective: Objective, x: Tensor, k: int) -> Tensor:
     """The same for the k-th number of each row."""
     wide, tall = objective.factors(x)
     median = wide[:, k, objective.table.used() > 0].abs().median(1, keepdim=True).values
-    best, chosen = objective.by_row(x), wide[:, k]
-    for share in (sign * one for one in SCANNED for sign in (1, -1)):
+    best, chosen = by_row(objective, x), wide[:, k]
+    for share in SCANNED:
         tried = (share * median).expand_as(chosen)
-        value = objective.by_row(_joined(wide, k, tried, tall))
+        value = by_row(objective, _joined(wide, k, tried, tall))
         lower = value < best
         best, chosen = torch.where(lower, value, best), torch.where(lower, tried, chosen)
     return _joined(wide, k, chosen, tall)
+
+
+def by_row(objective: Objective, x: Tensor) -> Tensor:
+    """What each row of the table adds to the objective, for responses of one token, each of which reads one row.
+
+    Of a loss whose pairs know nothing of each other, and directions that are held, it depends on the row's numbers
+    alone. [S, n] -> [S, C]
+    """
+    change, batch, c = objective.change(x), objective.table.batch, len(objective.table.start)
+    shares = objective.shares(change)
+    row = torch.zeros(len(batch.sources), dtype=torch.long).index_copy(0, batch.item, objective.table.context())
+    row = row if objective.loss.unit == "item" else row[batch.item[batch.pairs[:, 0]]]
+    wide, _ = objective.factors(x)
+    decayed, pulled = wide.square().sum(1), change.view(len(x), c, -1).square().sum(2)
+    return (objective.decay / 2 * decayed + objective.pull / 2 * pulled).index_add(1, row, shares)
 
 
 def _joined(wide: Tensor, k: int, row: Tensor, tall: Tensor) -> Tensor:

@@ -59,8 +59,12 @@ class Table:
     def placed(self, values: Tensor) -> Tensor | None:
         """The least change that adds these numbers to the logits of responses of one token. [responses] -> [C * V]
 
-        None where no change does, as features of one response are those of another.
+        With features up to a constant per Item, which no policy knows; None where no change does.
         """
+        if self.features is not None:
+            item, ones = self.batch.item, torch.ones_like(values)
+            sums, sizes = (one.new_zeros(len(self.batch.sources)).index_add(0, item, one) for one in (values, ones))
+            values = values - (sums / sizes)[item]
         logits = torch.zeros_like(self.logits(self.start.new_zeros(1, self.size))[0])
         logits = logits.index_put((self.context(), self.batch.target), values.double())
         if self.features is None:
@@ -154,21 +158,6 @@ class Objective:
         value, weight = per_unit(self.loss, logps), unit_weight(self.loss, logps)
         value, weight = (one.view(len(change), -1) for one in (value, weight))
         return value * weight / weight[0].sum()
-
-    def by_row(self, x: Tensor) -> Tensor:
-        """What each row of the table adds to f, for responses of one token, each of which reads one. [S, n] -> [S, C]
-
-        Of a loss whose pairs know nothing of each other this depends on the row alone.
-        """
-        change = self.change(x)
-        shares, batch = self.shares(change), self.table.batch
-        row = torch.zeros(len(batch.sources), dtype=torch.long).index_copy(0, batch.item, self.table.context())
-        row = row if self.loss.unit == "item" else row[batch.item[batch.pairs[:, 0]]]
-        rows = len(self.table.start)
-        total = shares.new_zeros(len(x), rows).index_add(1, row, shares)
-        if self.rank is not None and self.decay:
-            total = total + self.decay / 2 * self.factors(x)[0].square().sum(1)
-        return total + self.pull / 2 * change.view(len(x), rows, -1).square().sum(2)
 
     def free(self) -> Objective:
         """The same without a rank and without what is added to the loss."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from cdpo.exact.closed_form import closed_form
 from cdpo.exact.descent import Descent, Function, Points, lbfgs, projected_gradient, value_and_gradient
 from cdpo.exact.factors import explored
-from cdpo.exact.lagrangian import Augmented, Budget, within_budgets
+from cdpo.exact.lagrangian import TIGHT, Augmented, Budget, within_budgets
 from cdpo.exact.newton import newton, newton_step
 from cdpo.exact.problem import Objective, Table, norms
 from cdpo.exact.setting import Setting
@@ -152,20 +152,29 @@ class Solver:
         """The same where budgets are to be kept; every start begins within them. NaN where one was not finished."""
         values = self.objective(torch.cat([0 * x[:1], x]))
         augmented = Augmented(self.objective, budgets, at_stake=max(1e-6, float(values[0] - values.min())))
-        points = augmented.begun(self.scaled_into(x, budgets))
+        begun = self.scaled_into(x, budgets)
+        points = augmented.begun(begun)
         if len(x) > 1:
             points = self.minimised(augmented, points, EXPLORED)
         best, (x, *_) = self.best(augmented, points, FEW), augmented.parts(points)
         kept, multipliers = within_budgets(augmented, self.minimised_again, x[best])
         unfinished = torch.full_like(x, torch.nan)
         of_kl = multipliers[:, 0] / (self.setting.budget or torch.inf)
-        return unfinished.index_copy(0, best, kept), x.new_zeros(len(x)).index_copy(0, best, of_kl)
+        x = self.with_better(unfinished.index_copy(0, best, kept), begun)
+        return x, x.new_zeros(len(x)).index_copy(0, best, of_kl)
+
+    def with_better(self, x: Tensor, begun: Tensor) -> Tensor:
+        """x, with that start as it began which was better than all have become: another loss's solution, kept."""
+        if moves(self.objective.loss):
+            return x
+        first, least = self.best(self.objective, begun, 1), self.objective(x).nan_to_num(torch.inf).min()
+        return x.index_copy(0, first, begun[first]) if self.objective(begun[first]) < least else x
 
     def scaled_into(self, x: Tensor, budgets: Sequence[Budget]) -> Tensor:
         """Each start halved until it keeps the budgets: far beyond them a KL may be flat. [S, n] -> [S, n]"""
         x = x.clone()
         for _ in range(HALVINGS):
-            outside = torch.stack([budget(x) > 0 for budget in budgets]).any(0)
+            outside = torch.stack([budget(x) > TIGHT for budget in budgets]).any(0)
             if not bool(outside.any()):
                 break
             x[outside] /= 2

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from composing import composed, train
-from exact_worlds import EXACT, limited, solved, world
+from exact_worlds import EXACT, limited, problem, solved, world
 from independent_gap import LOSSES, World, optimum
+
+from cdpo.exact.problem import Objective
+from cdpo.exact.search import Solver, search
 
 SETS = [("none", 0.0), ("ball", 1.5), ("box", 0.4), ("penalty", 0.05), ("kl", 0.1), ("rank", 1), ("rank", 2)]
 FAST = [("dpo", "ball", 1.5), ("ipo", "box", 0.4), ("rlhf", "kl", 0.1), ("rlhf", "ball", 1.5), ("dpo", "rank", 1)]
@@ -80,3 +84,18 @@ def test_what_hard_labels_part_lies_at_infinity_whole_or_only_in_part(own, infin
     certificate = train(composed(*EXACT, "loss=dpo", *own), tmp_path / "run")["certificate"]
     assert certificate["supremum"] == infinite
     assert certificate["status"] == ("searched" if "constraint=sparse_topk" in own else "certified"), certificate
+
+
+def test_a_solution_that_is_handed_over_is_not_lost_within_a_budget(tmp_path):
+    """It stays as it was if every start ended above it, also where it keeps the budget to rounding only."""
+    own = ("loss=rlhf", "beta=0.5", "constraint=[lora_r1,kl_budget]", "constraint.kl_budget.budget=0.05")
+    table, loss, setting, effort, _ = problem(tmp_path, f"dataset.path={world('ragged', tmp_path)}", *own)
+    found = search(table, loss, setting, effort, {})
+    solver = Solver(Objective(table, loss, setting.rank, setting.scaling), setting, effort)
+    best = found.x[found.value.argmin()]
+    begun = solver.scaled_into(torch.stack([best / 2, best]), solver.budgets())
+    torch.testing.assert_close(begun[1], best, rtol=0, atol=0)
+    unfinished = torch.full_like(best, torch.nan)
+    kept = solver.with_better(torch.stack([0.9 * best, unfinished]), begun)
+    torch.testing.assert_close(kept, torch.stack([0.9 * best, best]), rtol=0, atol=0)
+    torch.testing.assert_close(solver.with_better(begun, begun / 2), begun, rtol=0, atol=0)

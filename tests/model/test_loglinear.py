@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from itertools import combinations
 
 import numpy as np
@@ -161,3 +162,14 @@ def test_what_does_not_fit_is_refused_by_name():
         LogLinear().tokenizer(Data([], [], Ledger()))
     with pytest.raises(ConfigError, match="no solver here knows it"):
         checked(composed(*EXACT, "constraint=freeze"))
+
+
+def test_rewards_that_differ_by_a_constant_per_prompt_have_one_optimum_for_all(tmp_path):
+    """No policy knows the constant: with one change for all prompts RLHF still has its closed form."""
+    path = tmp_path / "world.json"
+    rewards = [[1.0, 0.0, -1.0], [3.5, 2.5, 1.5]]
+    path.write_text(json.dumps({"prompts": ["p", "q"], "responses": ["a", "b", "c"], "rewards": rewards}))
+    own = ("model=loglinear", "model.sharing=1", "optimizer=exact", "logger=none", "loss=rlhf", f"dataset.path={path}")
+    summary = train(composed(*own), tmp_path / "run")
+    assert summary["certificate"]["says"].startswith("optimal (closed form")
+    assert summary["metrics"]["objective/attained"] == pytest.approx(1.0, abs=1e-9)
