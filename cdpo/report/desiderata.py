@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ WEIGHTS = 3  # at least, of a loss, for it to be asked
 ROUNDING = 1e-12  # nats
 FLOOR = 1e-6  # nats; less is drawn there
 KEYS = ["loss", "constraint", "setting"]
+NEEDED = ["source", "candidate", "reward", "log_reference", "log_policy"]  # of candidates.csv
 VERDICTS = ("interpolates", "preserves")
 INTERPOLATION = (
     "As the weight of the regulariser goes to 0 a policy should go to π*, the Bradley-Terry policy exp(r), as it goes "
@@ -92,7 +94,7 @@ def probabilities(study: Study) -> Drawing | None:
     """The policy over the weight, candidate by candidate, where runs have one prompt: a panel per loss."""
     read = [(run, _candidates(study.folder / run["directory"])) for run in _asked(study)]
     found = [(run, one) for run, one in read if one["source"].nunique() == 1]
-    if not found:
+    if not found or len({tuple(one["reward"]) for _, one in found}) > 1:  # of several worlds there is no one line
         return None
     titles = {_title(run, run["loss"]): None for run, _ in found}
     figure = panels(list(titles), sharey=True)
@@ -219,12 +221,18 @@ def _set_to(row: Mapping[str, Any], settings: Sequence[str]) -> str:
 
 
 def _candidates(folder: Path) -> pd.DataFrame:
-    """candidates.csv of a run; no rows where it is not there, or is not that."""
-    needed = ["source", "candidate", "reward", "log_reference", "log_policy"]
+    """candidates.csv of a run, not to be changed; no rows where it is not there, or is not that."""
+    path = RunDirectory(folder).candidates
     try:
-        return pd.read_csv(RunDirectory(folder).candidates, usecols=needed)
+        return _read(path, path.stat().st_mtime_ns)
     except (OSError, ValueError):
-        return pd.DataFrame(columns=needed)
+        return pd.DataFrame(columns=NEEDED)
+
+
+@cache
+def _read(path: Path, changed_at: int) -> pd.DataFrame:
+    """A file once for all tables and figures, until it has changed."""
+    return pd.read_csv(path, usecols=NEEDED)
 
 
 def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -7,26 +7,27 @@ All in shares of what J can gain, the unit of attained. Under one constraint, of
     estimation    the loss's optimum on all preferences - its optimum on n pairs
     optimisation  its optimum on n pairs - what training reached on them
 
-They add up to 1 - attained. Only gap and constraint are 0 or more by definition: an optimum on n pairs may do better by
-J than one on all, and training that stops early better than the optimum.
+They add up to 1 - attained. Of true optima only gap and constraint are 0 or more: an optimum on n pairs may do better
+by J than one on all, and training that stops early better than the optimum. Penalties have no place here, as one
+strength is not one set.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 import pandas as pd
 
 from cdpo.report.figures import Study
 from cdpo.report.intervals import counted, interval
-from cdpo.report.labels import CONSTRAINT, LOSS, is_null, text, titled
-from cdpo.report.marks import NOT_REACHED
+from cdpo.report.labels import CONSTRAINT, LOSS, PENALTIES, is_null, names, text, titled
+from cdpo.report.marks import NOT_REACHED, SLACK
 from cdpo.report.plotting import Drawing, line, looks, panels
 from cdpo.report.runs import CERTIFICATE, CONFIG, DONE, METRIC
 
 ATTAINED = f"{METRIC}objective/attained"
-PAIRS, WORLD = f"{CONFIG}dataset.pairs", f"{CONFIG}dataset.world_seed"
+PAIRS, WORLD, STATUS = f"{CONFIG}dataset.pairs", f"{CONFIG}dataset.world_seed", f"{CERTIFICATE}status"
 ERRORS = ("constraint", "gap", "estimation", "optimisation")
 VARIES = ("dataset.pairs", "dataset.preferences", "optimizer", "trainer.")  # settings that tell the errors apart
 
@@ -47,7 +48,8 @@ def errors(study: Study) -> Drawing | None:
     caption = (
         "What is not attained, apart: constraint (1 less RLHF's optimum under it), gap (RLHF's optimum less the loss's "
         "on all preferences), estimation (that less its optimum on n pairs), optimisation (that less what training "
-        f"reached). They add up to 1 - attained. Means, bars are 95% t intervals over {counted(found, 'world')}; "
+        "reached, where it went one way). They add up to 1 - attained. Means, bars are 95% t intervals over "
+        f"{counted(found, 'world')}; "
         "without optima that were not reached."
     )
     return figure.drawing("errors", caption, f"Four lines over n in {len(parts)} panels.")
@@ -56,16 +58,17 @@ def errors(study: Study) -> Drawing | None:
 def apart(study: Study) -> dict[str, dict[float, dict[str, list[float]]]]:
     """`dpo, l2_ball` -> n -> error -> its value on every world where all it needs has run."""
     found: dict[str, dict[float, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    if not {ATTAINED, PAIRS, WORLD} <= set(study.every.columns):
+    if not {ATTAINED, PAIRS, WORLD, STATUS, "optimizer"} <= set(study.every.columns):
         return {}
-    runs, names = study.every, [name for name in study.settings if not name.startswith(VARIES)]
-    others = {name: name if name in runs else f"{CONFIG}{name}" for name in names}
+    runs, settings = study.every, [name for name in study.settings if not name.startswith(VARIES)]
+    others = {name: name if name in runs else f"{CONFIG}{name}" for name in settings}
     known = runs[runs["state"].isin(DONE) & runs[ATTAINED].notna() & ~(_exact(runs) & _not_reached(runs))]
+    known = known[[not set(names(one)) & set(PENALTIES) for one in known[CONSTRAINT]]]
     known = known.assign(exact=_exact(known))
     for _, part in known.groupby([CONSTRAINT, WORLD, *others.values()], sort=False, dropna=False):
         rows = part.to_dict("records")
         said = ", ".join(f"{name} {text(rows[0][column])}" for name, column in others.items())
-        ceiling = max((row[ATTAINED] for row in rows if row["is_ceiling"] and row["exact"]), default=None)
+        ceiling = _ceiling([row for row in rows if row["exact"]])
         for (loss, n), steps in _steps([row for row in rows if not row["is_ceiling"]]).items():
             levels = [1.0, ceiling, *steps]
             for name, before, after in zip(ERRORS, levels, levels[1:]):
@@ -74,13 +77,23 @@ def apart(study: Study) -> dict[str, dict[float, dict[str, list[float]]]]:
     return found
 
 
+def _ceiling(exact: list[dict[Any, Any]]) -> float | None:
+    """What RLHF attains at its optimum; None without it, or where another search has found more."""
+    ceiling = max((row[ATTAINED] for row in exact if row["is_ceiling"]), default=None)
+    beaten = ceiling is not None and max(row[ATTAINED] for row in exact) > ceiling + SLACK
+    return None if beaten else ceiling
+
+
 def _steps(rows: list[dict[Any, Any]]) -> dict[tuple[str, float], tuple[float | None, float | None, float | None]]:
-    """What a loss attains at its optimum on all preferences, at that on n pairs, and as trained on them."""
+    """What a loss attains at its optimum on all preferences, at that on n pairs, and as trained on them.
+
+    Nothing as trained where training went several ways.
+    """
     everything = {row[LOSS]: row[ATTAINED] for row in rows if is_null(row[PAIRS]) and row["exact"]}
     sampled = [((row[LOSS], float(row[PAIRS])), row) for row in rows if not is_null(row[PAIRS])]
-    optimum, trained = (
-        {key: row[ATTAINED] for key, row in sampled if row["exact"] is exact} for exact in (True, False)
-    )
+    optimum = {key: row[ATTAINED] for key, row in sampled if row["exact"]}
+    ways = Counter(key for key, row in sampled if not row["exact"])
+    trained = {key: row[ATTAINED] for key, row in sampled if not row["exact"] and ways[key] == 1}
     return {key: (everything.get(key[0]), one, trained.get(key)) for key, one in optimum.items()}
 
 
@@ -89,4 +102,4 @@ def _exact(runs: pd.DataFrame) -> pd.Series:
 
 
 def _not_reached(runs: pd.DataFrame) -> pd.Series:
-    return (runs[f"{CERTIFICATE}status"] == NOT_REACHED).fillna(False).astype(bool)
+    return (runs[STATUS] == NOT_REACHED).fillna(False).astype(bool)

@@ -25,15 +25,14 @@ PATHS = ("path", "noise")  # what a certificate may say instead of a proof; else
 AS_TRAINED = "as trained"
 AT_LEAST, ABOUT, AT_MOST = "≥", "~", "≤"
 SUPREMUM, HARD, OVER = "∞", "§", "▲"
-NUMBERS = (  # of a certificate
-    *("starts", "hits", "bound", "residual", "tolerance", "epsilon", "fall", "attained_low", "attained_high"),
-)
+# of a certificate
+NUMBERS = ("starts", "hits", "bound", "residual", "tolerance", "epsilon", "fall", "attained_low", "attained_high")
 SLACK = 1e-3  # of what J can gain: searches of one optimum end that far apart
 BEYOND = 1e-3  # relative, of a KL over its budget
 EXPLAINED = {  # in a table of gaps  # sign or word -> what it means
-    AT_LEAST: "RLHF or the loss was searched for with many starts: the gap is at least this, as RLHF may attain more, "
-    "or as the loss's own value does not rank its solutions and this is the best of them",
-    ABOUT: "the loss's optimum is the best of many starts, not proven, and RLHF's may be so too",
+    AT_LEAST: "RLHF is stationary, the best of its starts, not proven: it may attain more, so the gap is at least "
+    "this; or the loss's own value does not rank its solutions, and of those that were found this is the best by J",
+    ABOUT: "the loss's optimum is the best of its starts, not proven, and RLHF's may be so too",
     AS_TRAINED: "not reached: a solver stopped before the optimum, so this is no gap; the remarks have what mends it",
     "path": "no certificate: the run depends on the path of training, there is no optimum of a set to compare",
     "noise": "no certificate: the run is one draw of noise, there is no optimum of a set to compare",
@@ -43,9 +42,9 @@ EXPLAINED = {  # in a table of gaps  # sign or word -> what it means
     OVER: "above its budget",
 }
 ATTAINED = EXPLAINED | {  # in a table of what is attained
-    AT_LEAST: "RLHF was searched for with many starts: it may attain more",
-    ABOUT: "the loss's optimum is the best of many starts, not proven",
-    AT_MOST: "the best of the loss's solutions by J, as its own value does not rank them",
+    AT_LEAST: "RLHF is stationary, the best of its starts, not proven: it may attain more",
+    ABOUT: "the loss's optimum is the best of its starts, not proven",
+    AT_MOST: "the best by J of the loss's solutions that were found, as its own value does not rank them",
     AS_TRAINED: "not reached: a solver stopped before the optimum",
 }
 
@@ -173,11 +172,12 @@ def _trouble(row: Mapping[str, Any]) -> str:
     """`dpo under l2_ball (seed 0): residual 0.74, held against 1e-06. SAYS Mend it: COMMAND`."""
     if _status(row) != NOT_REACHED:
         return ""
-    residual, tolerance = (_number(row, f"certificate/{name}") for name in ("residual", "tolerance"))
-    left = _number(row, "certificate/infeasibility")
+    residual, tolerance, promised, left = (
+        _number(row, f"certificate/{name}") for name in ("residual", "tolerance", "promised", "infeasibility")
+    )
     outside = f", outside by {left:.2g}" if left > 0 else ""
-    said = f"residual {residual:.2g}, held against {tolerance:.2g}{outside}. {_text(row, 'says')}"
-    return f"{_named(row)}: {said}{_mend(row)}"
+    said = f"residual {residual:.2g}, held against {tolerance:.2g}{outside}. " if math.isnan(promised) else ""
+    return f"{_named(row)}: {said}{_text(row, 'says')}{_mend(row)}"
 
 
 def _beaten(ceiling: Mapping[str, Any], winner: Mapping[str, Any]) -> str:

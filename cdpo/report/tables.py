@@ -29,9 +29,10 @@ SAME = f"{ONE} the seeds changed nothing: all runs have the same numbers, and co
 OVER_BUDGET = f"{OVER}: {EXPLAINED[OVER]}."
 CERTIFICATES = (
     "The solver's error, apart from the spread over seeds: that of the worst seed. residual: relative, 0 is "
-    "stationary. bound: proven, of the objective. starts, hits: searches made, and the share that found the best. "
-    "within ε: what all solutions attain whose objective is within ε, a share of its fall, of the best. supremum: the "
-    "norm, where the best lies at infinity."
+    "stationary; with a supremum what a Newton step would gain counts instead, which the mouse shows. bound: proven, "
+    "of the objective. starts, hits: searches made, and the share that found the best. within ε: what all solutions "
+    "attain whose objective is within ε, a share of its fall, of the best. supremum: the norm, where the best lies at "
+    "infinity."
 )
 BELOW = (
     "Below a gap that was searched for: starts; the share of them that found the best, which at 0% another loss has "

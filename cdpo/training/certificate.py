@@ -217,7 +217,9 @@ def mend(run: Run, status: str) -> str:
         return ""
     if run.searches:
         how: Any = run.optimizer_config
-        return f"optimizer.starts={4 * how.starts}" if status == "searched" else f"optimizer.steps={4 * how.steps}"
+        few = run.state.search.get("ranked_by") == "J"  # of the starts are used, however many there are
+        harder = "" if few else f"optimizer.starts={4 * how.starts}"
+        return harder if status == "searched" else f"optimizer.steps={4 * how.steps}"
     if isinstance(run.session.spec.model, Tabular) and solvable(run.session.task.composed):
         return "optimizer=exact trainer.max_steps=1 trainer.batch_size=null"  # whatever the command says of these
     if status == "searched":
@@ -229,7 +231,8 @@ def mend(run: Run, status: str) -> str:
 def sentence(status: str, proof: str, found: dict[str, Any]) -> str:
     """The certificate in words."""
     residual = f"residual {found['residual']:.1e}"
-    left = f", a Newton step would gain {found['promised']:.0e} of the fall" if "promised" in found else ""
+    promised = f"a Newton step would gain {found['promised']:.0e} of the fall" if "promised" in found else ""
+    left = f", {promised}" if promised else ""
     if status == "certified" and found.get("supremum"):
         return f"the infimum lies at infinity and is not attained ({proof}; {residual}, norm {found['norm']:.1e})"
     if status == "certified":
@@ -239,4 +242,5 @@ def sentence(status: str, proof: str, found: dict[str, Any]) -> str:
         return f"{where} ({residual}{left}); other optima are not excluded"
     excess = found.get("infeasibility", 0.0)
     over = f", {excess:.1e} nats over its budget" if excess > FEASIBLE else ""
-    return f"not stationary ({residual}, tolerance {found['tolerance']:.0e}{left}{over})"
+    held = f"{promised}, tolerance {PROMISED:.0e}" if promised else f"{residual}, tolerance {found['tolerance']:.0e}"
+    return f"not stationary ({held}{over})"

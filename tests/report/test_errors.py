@@ -57,6 +57,17 @@ def test_other_settings_are_other_panels():
     assert found["dpo, l2_ball · beta 2, model tabular"][100.0]["constraint"] == pytest.approx([0.55])
 
 
+def test_what_would_be_another_number_is_left_out():
+    """Two ways of training, a penalty, RLHF that another search has beaten, runs of before certificates."""
+    two_ways = [*world(0), *(row | {"optimizer": "sgd"} for row in world(0) if row["optimizer"] == "adamw")]
+    assert "optimisation" not in errors.apart(study(*two_ways))["dpo, l2_ball"][100.0]
+    assert not errors.apart(study(*(row | {"constraint": "weight_decay"} for row in world(0))))
+    beaten = [row | {"metric/objective/attained": 0.5} if row["loss"] == "rlhf" else row for row in world(0)]
+    assert set(errors.apart(study(*beaten))["dpo, l2_ball"][100.0]) == {"estimation", "optimisation"}
+    old = study(*world(0))
+    assert not errors.apart(replace(old, every=old.every.drop(columns="certificate.status")))
+
+
 def test_an_optimum_that_was_not_reached_is_left_out():
     rows = [row | {"certificate.status": "not_reached"} if row["loss"] == "rlhf" else row for row in world(0)]
     found = errors.apart(study(*rows))["dpo, l2_ball"][100.0]

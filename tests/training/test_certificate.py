@@ -186,3 +186,11 @@ def test_a_search_that_was_stopped_before_its_certificate_goes_on(tmp_path, monk
         with pytest.raises(Preempted):
             train(settings, tmp_path / "parts")
     assert train(settings, tmp_path / "parts")["certificate"] == whole
+
+
+def test_more_starts_are_not_advised_where_few_are_used(tmp_path):
+    path = world("ragged", tmp_path)
+    one, more = (solved(path, tmp_path / str(n), "loss=wpo_candidates", "constraint=lora_r1", f"optimizer.starts={n}")
+                 for n in (8, 64))  # fmt: skip
+    assert one["certificate"]["starts"] == more["certificate"]["starts"]
+    assert one["certificate"]["mend"] == "" == more["certificate"]["mend"]
