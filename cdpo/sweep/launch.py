@@ -85,23 +85,25 @@ def _carried_out(tasks: list[Task | Outcome], how: Launcher) -> list[Outcome]:
     known = {outcome.directory: outcome for outcome in how.carry_out(todo, len(tasks))}
     outcomes = [known.get(one.directory) if isinstance(one, Task) else one for one in found]
     ended = [outcome for outcome in outcomes if outcome]
-    for rlhf in (False, True):
-        ended = _polished(ended, how, rlhf)
-    return ended
+    polished = _polished(ended, how, rlhf=False)
+    return _polished(polished, how, rlhf=True) if len(polished) == len(ended) else polished  # else some are under way
 
 
 def _polished(outcomes: list[Outcome], how: Launcher, rlhf: bool) -> list[Outcome]:
-    """The same after the searches for optima among them have seen each other's solutions (`cdpo.sweep.polish`)."""
+    """The same after the searches for optima among them have seen each other's solutions (`cdpo.sweep.polish`).
+
+    Those that are still under way are left out.
+    """
     tasks = to_polish([outcome.task for outcome in outcomes if not outcome.exit_code], rlhf)
     if not tasks:
         return outcomes
     said = "from the solutions of other losses too: at most half of their own starts found the best"
-    last = "RLHF last, " if rlhf else ""
-    print(f"{len(tasks)} of {len(outcomes)} runs search again, {last}{said}", file=sys.stderr)
+    last, beaten = ("RLHF last, ", ", or another loss attains more") if rlhf else ("", "")
+    print(f"{len(tasks)} of {len(outcomes)} runs search again, {last}{said}{beaten}", file=sys.stderr)
     for task in tasks:
         write_task(task)
-    again = {outcome.directory: outcome for outcome in how.carry_out(tasks, len(tasks))}
-    return [again.get(outcome.directory, outcome) for outcome in outcomes]
+    again = {task.directory: None for task in tasks} | {one.directory: one for one in how.carry_out(tasks, len(tasks))}
+    return [found for outcome in outcomes if (found := again.get(outcome.directory, outcome))]
 
 
 def at_least(least: int, name: str, value: Any, kind: Any) -> None:

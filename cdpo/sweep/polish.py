@@ -36,8 +36,8 @@ def to_polish(tasks: Iterable[Task], rlhf: bool) -> list[Task]:
 
 
 def _is_rlhf(task: Task) -> bool:
-    loss = task.composed["loss"]
-    return bool(loss["_target_"] == "cdpo.losses.RLHF" and loss.get("rewards", "data") == "data")
+    loss, beta = task.composed["loss"], task.composed["beta"]  # with another beta it maximises another J
+    return (loss["_target_"], loss.get("rewards"), loss.get("beta")) == ("cdpo.losses.RLHF", "data", beta)
 
 
 def _problem(task: Task) -> str:

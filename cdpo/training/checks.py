@@ -37,7 +37,7 @@ def checked(composed: dict[str, Any]) -> Config:
     if isinstance(spec.optimizer, Exact):
         _check_exact(spec)
     if spec.trainer.compile and isinstance(spec.model, Tabular):
-        raise ConfigError("model=tabular has no decoder layers, which trainer.compile needs; set it to false")
+        raise ConfigError("a table of logits has no decoder layers, which trainer.compile needs; set it to false")
     return spec
 
 
@@ -67,7 +67,9 @@ def _check_drawn(spec: Config) -> None:
 def _check_exact(spec: Config) -> None:
     """ConfigError for what optimizer=exact cannot solve."""
     if not isinstance(spec.model, Tabular):
-        raise ConfigError("optimizer=exact solves model=tabular; for other models use optimizer=lbfgs or adamw")
+        raise ConfigError(
+            "optimizer=exact solves model=tabular and loglinear; for other models use optimizer=lbfgs or adamw"
+        )
     if spec.trainer.max_steps != 1 or spec.trainer.distributed != "none":
         raise ConfigError(
             "optimizer=exact takes one step, the whole search: leave trainer.max_steps=1, distributed=none"
@@ -121,7 +123,9 @@ def _check_fsdp(spec: Config) -> None:
     """ConfigError for what does not work on shards."""
     refused = {
         f"optimizer={type(spec.optimizer).__name__.lower()}": spec.optimizer.full_batch,
-        "model=tabular": not hasattr(spec.model, "attention") and not hasattr(spec.model, "layers"),
+        "a table of logits (model=tabular, loglinear)": not any(
+            hasattr(spec.model, key) for key in ("attention", "layers")
+        ),
         "trainer.samples": spec.trainer.samples > 0,
         "trainer.compile": spec.trainer.compile,
     }

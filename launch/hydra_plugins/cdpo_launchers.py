@@ -56,8 +56,8 @@ class Processes(Launcher):
             return found
         if not self.said:
             self.said = True
-            said = "in a sweep runs on a table search for the optimum, by optimizer=exact; optimizer=adamw trains them"
-            print(said, file=sys.stderr)
+            said = "in a sweep runs on a table search for the optimum, by optimizer=exact, where it can"
+            print(f"{said} solve them; optimizer=adamw trains them", file=sys.stderr)
         return self._composed([*overrides, "optimizer=exact"])
 
     def _composed(self, overrides: Sequence[str]) -> Task | Outcome:

@@ -80,7 +80,7 @@ def test_moves_are_ratios_with_intervals_of_the_same_draws():
 
 
 def test_the_interval_of_a_transition_covers():
-    """95 % of 200 repetitions, with rates of .8 and .2, whose transition is known."""
+    """95 % of 60 repetitions, with rates of .8 and .2, whose transition is known."""
     random, inside = np.random.default_rng(0), 0
     for seed in range(60):
         lines = transitions(diagram(log=(random.binomial(100, 0.8), random.binomial(100, 0.2))), "log", seed)
