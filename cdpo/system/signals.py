@@ -6,6 +6,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -60,3 +62,17 @@ class Signals:
             os.write(2, f"\n{name} after {self._pending}: exiting at once, without saving\n".encode())
             os._exit(128 + number)
         self.request(name)
+
+
+@contextmanager
+def withheld() -> Iterator[None]:
+    """Processes that are started within the block never get the signals that ask a run to stop.
+
+    For helpers that end when this process does, and that it waits for until then. A signal that comes within the block
+    arrives at its end.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, Signals.HANDLED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -107,3 +107,50 @@ def test_outside_the_main_thread_nothing_is_touched():
     thread.start()
     thread.join()
     assert seen == [*before, None]
+
+
+WITHHELD = """
+import os, signal, subprocess, sys
+from cdpo.system.signals import Signals, withheld
+with Signals() as signals:
+    with withheld():
+        kept = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        print(signals.poll())
+    print(signals.poll())
+with Signals() as signals:
+    lost = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    os.killpg(0, signal.SIGTERM)
+    print(lost.wait(), kept.communicate("alive")[0])
+"""
+
+
+def alone(script: str) -> str:
+    """What a script prints in a process group of its own."""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, start_new_session=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_helpers_never_get_signals_that_are_withheld_and_the_process_gets_them_later():
+    assert alone(WITHHELD).splitlines() == ["None", "SIGUSR1", f"{-signal.SIGTERM} alive"]
+
+
+COMPILING = """
+import os, signal
+from cdpo.model.attention import start_compile_workers
+from cdpo.system.signals import Signals
+with Signals() as signals:
+    start_compile_workers()
+    from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+    if get_compile_threads() > 1:
+        pool = AsyncCompile.process_pool()
+        first = pool.submit(os.getpid).result(60)
+        os.killpg(0, signal.SIGTERM)
+        assert pool.submit(os.getpid).result(60) > 0
+    print("SIGTERM" if get_compile_threads() == 1 else signals.poll())
+"""
+
+
+def test_torchs_compile_workers_outlive_a_signal_to_the_whole_group():
+    assert alone(COMPILING) == "SIGTERM\n"
