@@ -12,23 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cdpo.model.fused_head import FusedLogProbs
+from cdpo.model.logits import UNCHANGED, LogitTransform
+
 CHUNK = 1 << 26  # bytes of logits that are alive at most
+FUSED = ("cuda",)  # where `fused_head` does it
 PROBES = (-40.0, -1.0, 0.25, 1.0, 40.0)  # logits at which a model is asked what it makes of them
-
-
-class LogitTransform(NamedTuple):
-    """What a model does to the logits of its head: cap * tanh(logit * scale / cap), without cap logit * scale."""
-
-    scale: float = 1.0
-    cap: float | None = None
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """In place."""
-        logits = logits if self.scale == 1 else logits.mul_(self.scale)
-        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
-
-
-UNCHANGED = LogitTransform()
 
 
 class TokenLogps(NamedTuple):
@@ -93,7 +82,7 @@ class _LogProbs(torch.autograd.Function):
         dtype, rest = ctx.dtype, (None,) * 6
         summed = logsum.new_zeros(len(hidden)).index_add_(0, position, gradient)  # [M]; the gradients at each position
         if expected is not None:
-            own = (gradient[:, None] * ctx.transform.scale) * weight[target]
+            own = (gradient[:, None] * ctx.transform.scale) * weight[target].to(dtype)  # as the products saw it
             d_hidden = expected * (-ctx.transform.scale * summed)[:, None]
             d_hidden.index_add_(0, position, own.to(expected.dtype))
             return d_hidden.to(hidden.dtype), None, None, *rest
@@ -183,8 +172,22 @@ class LeanHead(NamedTuple):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
         with torch.autocast(device, enabled=False):
+            if device in FUSED:
+                return self._fused(hidden, position, target, statistics, dtype)
             found = _LogProbs.apply(hidden, weight, bias, position, target, self.transform, statistics, dtype, backward)
         return TokenLogps(*found)
+
+    def _fused(
+        self, hidden: Tensor, position: Tensor, target: Tensor, statistics: bool, dtype: torch.dtype
+    ) -> TokenLogps:
+        """The same by `fused_head`, for GPUs."""
+        linear = self.linear
+        rows = hidden[position]  # one for each token
+        found = FusedLogProbs.apply(rows, linear.weight, linear.bias, target, self.transform, statistics, dtype)
+        if not statistics:
+            return TokenLogps(found[0], None, None)
+        one = position.new_empty(len(hidden)).scatter_(0, position, torch.arange(len(position), device=position.device))
+        return TokenLogps(found[0], found[1][one], found[2][one])
 
 
 def transform_of(probed: Tensor, cap: float | None) -> LogitTransform | None:

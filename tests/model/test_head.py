@@ -14,7 +14,7 @@ from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig,
 
 from cdpo.constraints.lora import LoRA
 from cdpo.data.packing import pack
-from cdpo.model import head
+from cdpo.model import fused_head, head
 from cdpo.model.head import LeanHead, LogitTransform
 from cdpo.model.layout import choose_layout, logit_transform_of
 from cdpo.model.logps import Scorer, linear_head, one_by_one
@@ -26,6 +26,20 @@ SHAPES = {"plain": LogitTransform(), "scale": LogitTransform(scale=0.25), "cap":
 SLICES = {"one slice": 1 << 26, "three": 8 * M * 8, "one token each": 1}
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 every_slice = pytest.mark.parametrize("chunk", SLICES)
+
+
+@pytest.fixture(params=["sliced", "fused"], autouse=True)
+def way(request, monkeypatch):
+    """As on a CPU; and as on a GPU, its kernels not compiled."""
+    if request.param == "fused":
+        monkeypatch.setattr(head, "FUSED", ("cpu",))
+        monkeypatch.setattr(fused_head, "ALIGNED", 1)
+    return request.param
+
+
+def slices_of(monkeypatch, chunk):
+    for module in (head, fused_head):
+        monkeypatch.setattr(module, "CHUNK", chunk)
 
 
 def parts(dtype=torch.float64, bias=False, frozen=False, seed=0):
@@ -58,7 +72,7 @@ def backward(token, weight, hidden, linear):
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("statistics", [False, True])
 def test_it_is_the_plain_head(shape, chunk, dtype, bias, frozen, statistics, monkeypatch):
-    monkeypatch.setattr(head, "CHUNK", SLICES[chunk])
+    slices_of(monkeypatch, SLICES[chunk])
     hidden, linear, weight = parts(dtype, bias, frozen)
     expected = by_autograd(hidden, linear, SHAPES[shape])
     found = LeanHead(linear, SHAPES[shape]).logps(hidden, ROW, TARGET, statistics)
@@ -75,7 +89,7 @@ def test_it_is_the_plain_head(shape, chunk, dtype, bias, frozen, statistics, mon
 @pytest.mark.parametrize("frozen", [False, True])
 def test_gradcheck(shape, chunk, frozen, monkeypatch):
     """Finite differences; they go backward many times through one forward pass."""
-    monkeypatch.setattr(head, "CHUNK", SLICES[chunk])
+    slices_of(monkeypatch, SLICES[chunk])
     hidden, linear, _ = parts(bias=True, frozen=frozen)
 
     def token(hidden, weight, bias):
@@ -104,8 +118,11 @@ def test_huge_and_impossible_logits_stay_finite():
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_no_more_than_a_slice_of_logits_is_alive(trained, monkeypatch):
-    """After every operation of forward and backward, the bytes of all that they made and still hold."""
+def test_no_more_than_a_slice_of_logits_is_alive(trained, way, monkeypatch):
+    """After every operation of forward and backward, the bytes of all that they made and still hold.
+
+    Not compiled, what is done to logits takes several copies of a slice.
+    """
     from torch.multiprocessing.reductions import StorageWeakRef
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -126,13 +143,14 @@ def test_no_more_than_a_slice_of_logits_is_alive(trained, monkeypatch):
 
     positions, vocabulary, width = 64, 512, 4
     slice_, gradient = 8 * positions * vocabulary // 8, 8 * vocabulary * width
-    monkeypatch.setattr(head, "CHUNK", slice_)
+    slices_of(monkeypatch, slice_)
     hidden = torch.randn(positions, width, dtype=torch.float64, requires_grad=True)
     linear = nn.Linear(width, vocabulary, bias=False, dtype=torch.float64).requires_grad_(trained)
     row = torch.arange(positions)
     with Held():
         LeanHead(linear).logps(hidden, row, row, statistics=True).logp.sum().backward()
-    assert slice_ < peaks[-1] < 3 * slice_ + 3 * gradient < 8 * positions * vocabulary
+    copies = {"sliced": 3, "fused": 6}[way]
+    assert slice_ < peaks[-1] < copies * slice_ + 3 * gradient < 8 * positions * vocabulary
 
 
 def test_bfloat16_weights_lose_no_more_than_their_logits_do():
