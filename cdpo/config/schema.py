@@ -39,7 +39,7 @@ class Trainer:
     threads: int | None = None  # of torch on the CPU; null: its default, one per core
     autocast: bool = False  # matrix products in bfloat16, weights as loaded
     gradient_checkpointing: bool = False
-    compile: bool = False
+    compile: bool | None = None  # null: on a GPU, from 500 steps on
 
     def __post_init__(self) -> None:
         for key in COUNTS:

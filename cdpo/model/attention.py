@@ -15,21 +15,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from cdpo.system.signals import withheld
+
 if TYPE_CHECKING:
     from cdpo.batch import Batch
 
 NAME = "cdpo_trees"  # as transformers knows it
 BLOCK = 128  # tokens; what flex_attention skips, or takes without looking, at once
+ORDINARY = {"FORCE_USE_FLEX_ATTENTION": True}  # below 128 tokens too, where its kernel for decoding fails with GQA
 
 
 class Trees:
     """What attention must know of a packed row: the trees' sizes, and which token sees which.
 
-    Worked out when the first layer asks, and kept for the others; a model without attention never does.
+    On a CPU worked out when the first layer asks, and kept for the others; a model without attention never does.
     """
 
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
+        tree, branch = batch.tree[0], batch.branch[0]
+        #: on CUDA: flex_attention's BlockMask, there before a compiled layer asks for it; else None
+        self.block_mask = _block_mask(tree, branch) if tree.is_cuda else None
         self._added: dict[torch.dtype, list[Tensor]] = {}  # the masks as numbers, once per dtype
 
     @cached_property
@@ -42,12 +48,6 @@ class Trees:
         """On CPU: [L, L] per tree, or one [trees, 1, L, L] if all trees have one size."""
         masks = [_mask(part) for part in self._batch.branch[0].split(self.sizes)]
         return [torch.stack(masks)[:, None]] if self.even else masks
-
-    @cached_property
-    def block_mask(self) -> Any:
-        """On CUDA: flex_attention's BlockMask, else None."""
-        tree, branch = self._batch.tree[0], self._batch.branch[0]
-        return _block_mask(tree, branch) if tree.is_cuda else None
 
     @property
     def even(self) -> bool:
@@ -74,8 +74,10 @@ def _block_mask(tree: Tensor, branch: Tensor) -> Any:
     """
     from torch.nn.attention.flex_attention import BlockMask
 
+    start, end, own = _seen(tree, branch)
+
     def sees(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (tree[q] == tree[k]) & (q >= k) & ((branch[k] == 0) | (branch[q] == branch[k]))
+        return (q >= k) & ((k >= own[q]) | ((k >= start[q]) & (k < end[q])))
 
     (tree_min, tree_max), (branch_min, branch_max) = _bounds(tree), _bounds(branch)
     block = torch.arange(len(tree_min), device=tree.device)
@@ -91,6 +93,17 @@ def _block_mask(tree: Tensor, branch: Tensor) -> Any:
     return BlockMask.from_kv_blocks(*partial, *_listed(full), BLOCK, sees, (len(tree), len(tree)))
 
 
+def _seen(tree: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each token's prompt begins and ends, and its own branch begins, which may be the prompt. 2 x [T] -> 3 x [T]
+
+    So a kernel asks nothing of keys but where they are.
+    """
+    branches = branch.max() + 1
+    run = (tree * branches + branch).contiguous()  # ascending: trees stand one after another, and branches in them
+    ends = torch.searchsorted(run, tree * branches, right=True)
+    return tuple(x.int() for x in (torch.searchsorted(tree, tree), ends, torch.searchsorted(run, run)))  # type: ignore[return-value]
+
+
 def _bounds(x: Tensor) -> tuple[Tensor, Tensor]:
     """The least and the greatest value in each block; the last block may be short. [T] -> 2 x [T / BLOCK]"""
     blocks = torch.cat([x, x[-1:].expand(-len(x) % BLOCK)]).view(-1, BLOCK)
@@ -103,11 +116,25 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return blocks.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
 
 
-@lru_cache(maxsize=1)
-def _compiled_flex() -> Any:
+def _flex() -> Any:
+    """flex_attention, within a compiled layer as a part of it, else compiled by itself."""
     from torch.nn.attention.flex_attention import flex_attention
 
+    return flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
+
+
+@lru_cache(maxsize=1)
+def _compiled(flex_attention: Any) -> Any:
+    start_compile_workers()
     return torch.compile(flex_attention, dynamic=True)
+
+
+def start_compile_workers() -> None:
+    """Before the first compilation: a signal to the whole process group would end them, and torch waits for ever."""
+    with withheld():
+        from torch._inductor.async_compile import AsyncCompile
+
+        AsyncCompile.warm_pool()
 
 
 def tree_attention(
@@ -129,12 +156,14 @@ def tree_attention(
     if trees is None or attention_mask is not None or refused or kwargs.get("sliding_window"):
         raise ValueError(f"packed trees do not support {refused or 'this attention'}")
     gqa = key.shape[1] != query.shape[1]
+    options: dict[str, Any]
     if trees.block_mask is not None:
         if dropout:
             raise ValueError("attention dropout is not available for packed trees on CUDA; set model.attention=sdpa")
-        out = _compiled_flex()(query, key, value, block_mask=trees.block_mask, scale=scaling, enable_gqa=gqa)
+        options = {"block_mask": trees.block_mask, "scale": scaling, "enable_gqa": gqa, "kernel_options": ORDINARY}
+        out = _flex()(query, key, value, **options)
         return out.transpose(1, 2), None
-    options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": gqa}
+    options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": gqa}
     masks = trees.additive(query.dtype)
     if trees.even:  # [1, h, B * L, d] -> [B, h, L, d]: one call for all trees
         q, k, v = (x[0].unflatten(1, (len(trees.sizes), -1)).transpose(0, 1) for x in (query, key, value))
@@ -153,13 +182,15 @@ def register() -> None:
 
 
 def register_for_compiled_layers() -> None:
-    """Like `register`, but not compiled with the layer around it, as trees have other sizes in every batch.
-
-    On CUDA flex_attention is compiled by itself.
-    """
+    """Like `register`, but on a CPU not compiled with the layer around it, as trees have other sizes in every batch."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, torch.compiler.disable(tree_attention))
+    def attend(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        inside = getattr(kwargs.get("trees"), "block_mask", None) is not None
+        return tree_attention(*args, **kwargs) if inside else apart(*args, **kwargs)
+
+    apart = torch.compiler.disable(tree_attention)
+    AttentionInterface.register(NAME, attend)
 
 
 def takes_trees(model: Any) -> bool:

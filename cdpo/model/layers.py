@@ -6,11 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from cdpo.config.schema import Trainer
 from cdpo.errors import ConfigError
-from cdpo.model.attention import register_for_compiled_layers
+from cdpo.model.attention import register_for_compiled_layers, start_compile_workers
+
+
+def has_layers(model: nn.Module) -> bool:
+    """Whether the model is a stack of layers."""
+    return any(isinstance(module, nn.ModuleList) for module in model.modules())
 
 
 def decoder_layers(model: nn.Module, wanted: str = "this setting needs") -> nn.ModuleList:
@@ -39,10 +47,32 @@ def switch(policy: Any, trainer: Trainer) -> None:
     check_switches(policy, trainer)
     if trainer.gradient_checkpointing:
         checkpoint_layers(policy)
+    if trainer.autocast and trainer.distributed != "fsdp":
+        round_frozen(policy)
     if trainer.compile:  # layer by layer: one compilation serves all, and the head keeps to its slices
+        start_compile_workers()
         register_for_compiled_layers()
         for layer in decoder_layers(policy):
             layer.compile(dynamic=True)
+
+
+def round_frozen(policy: Any) -> None:
+    """Keep in bfloat16 what autocast would turn into it in every pass: the frozen matrices under adapters.
+
+    No number changes. Not where they are wanted in full: shared with an embedding, normed by DoRA, or saved with the
+    adapter, as a base that nobody else has.
+    """
+    adapters = [module for module in policy.modules() if isinstance(module, LoraLayer)]
+    base = policy.get_base_model() if adapters else None
+    if base is None or not base.config.name_or_path or any(layer.lora_magnitude_vector for layer in adapters):
+        return
+    for layer in adapters:
+        layer.cast_input_dtype_enabled = False  # to the factors' float32, and from there to bfloat16
+    embedding = base.get_input_embeddings().weight
+    for module in policy.modules():
+        own = [*module.parameters(recurse=False)] if isinstance(module, (nn.Linear, Conv1D)) else []
+        if own and not any(p is embedding or p.requires_grad for p in own):
+            module.to(torch.bfloat16)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from cdpo.data.rows import Data, Ledger
 from cdpo.data.tokenise import tokenise
 from cdpo.errors import ConfigError, DataError
 from cdpo.losses.candidates import OnCandidates
-from cdpo.model.layers import decoder_layers, switch
+from cdpo.model.layers import decoder_layers, has_layers, switch
 from cdpo.model.layout import choose_layout
 from cdpo.model.logps import Scorer, one_by_one
 from cdpo.model.memory import explained, outline, room
@@ -37,6 +37,7 @@ from cdpo.training.run import Run
 from cdpo.training.session import Session
 
 log = logging.getLogger(__name__)
+COMPILED_FROM = 500  # steps
 
 
 class Tokenised(NamedTuple):
@@ -96,7 +97,7 @@ def prepare(session: Session) -> Ready:
         scorer, scored, source = (_sharded if ranks.sharded else _whole)(session, policy, sets)
     if ranks.rank:
         seed_all((spec.draw + 7_919 * ranks.rank) % 2**31)  # dropout draws anew on every rank
-    switch(scorer.model, spec.trainer)
+    switch(scorer.model, replace(spec.trainer, compile=compiled(session, scorer, scored[0])))
     run = Run(
         session=session,
         scorer=scorer,
@@ -202,6 +203,18 @@ def sized(session: Session, tokenizer: Any, data: Data) -> Trainer:
     return replace(spec.trainer, tokens_per_micro_batch=tokens)
 
 
+def compiled(session: Session, scorer: Scorer, scored: Scored) -> bool:
+    """trainer.compile; null where it pays for itself: in long runs on a GPU, of packed trees through decoder layers."""
+    trainer = session.spec.trainer
+    if trainer.compile is not None:
+        return trainer.compile
+    able = not scored.padded and trainer.distributed != "fsdp" and has_layers(scorer.model)
+    chosen = able and session.device.type == "cuda" and trainer.steps(len(scored.items)) >= COMPILED_FROM
+    if chosen:
+        log.info("decoder layers are compiled, as the run is long; trainer.compile=false does without")
+    return chosen
+
+
 def _whole(session: Session, policy: Any, sets: Sets) -> tuple[Scorer, list[Scored], str]:
     """The policy under its constraints, and the Items with what it said before any of them: the reference."""
     scorer = Scorer(policy.to(session.device))
@@ -209,7 +222,7 @@ def _whole(session: Session, policy: Any, sets: Sets) -> tuple[Scorer, list[Scor
     scorer.model = constrained(scorer.model, session.spec)
     with torch.no_grad(), session.autocast():
         difference = check_start(scorer, scored[0])
-    log.info("step 0: policy equals reference (largest difference %.1e nats)", difference)
+    log.info("step 0: policy and reference are at most %.1e nats apart, by rounding", difference)
     return scorer, scored, source
 
 

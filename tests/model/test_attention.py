@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from random import Random
 
 import pytest
@@ -10,32 +11,61 @@ from architectures import ITEMS, architectures, close, plain, score
 from torch.nn.attention.flex_attention import flex_attention
 
 from cdpo.batch import Item
+from cdpo.constraints.lora import LoRA
 from cdpo.data.packing import pack
-from cdpo.model import attention
+from cdpo.model import attention, logps
+from cdpo.model.layers import decoder_layers
+
+
+@pytest.fixture
+def masked(monkeypatch):
+    """On the CPU too flex_attention is used."""
+
+    class Masked(attention.Trees):
+        def __init__(self, batch):
+            super().__init__(batch)
+            self.block_mask = attention._block_mask(batch.tree[0], batch.branch[0])
+
+    monkeypatch.setattr(logps, "Trees", Masked)
 
 
 @architectures
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_eager_flex_attention_gives_the_numbers_of_the_plain_forward(models, name, monkeypatch):
+def test_eager_flex_attention_gives_the_numbers_of_the_plain_forward(models, name, masked, monkeypatch):
     """What CUDA uses, run eagerly on the CPU, forward only. The compiled kernel itself is not run here."""
-
-    def block_mask(trees):
-        return attention._block_mask(trees._batch.tree[0], trees._batch.branch[0])
-
     calls = []
 
     def eager(*args, **kwargs):
         calls.append(1)
         return flex_attention(*args, **kwargs)
 
-    monkeypatch.setattr(attention.Trees, "block_mask", property(block_mask))
-    monkeypatch.setattr(attention, "_compiled_flex", lambda: eager)
+    monkeypatch.setattr(attention, "_flex", lambda: eager)
     model, other = models(name, "float32")
     with torch.no_grad():
         for kind in ("uneven", "even"):
             found = score(model, pack(ITEMS[kind]))
             close(found, plain(other, ITEMS[kind]), name, "float32")
     assert len(calls) == 4  # two layers, two batches
+
+
+@architectures
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "lora"])
+def test_compiled_layers_take_other_trees_without_another_compilation(models, name, adapted, masked):
+    """Traced as on CUDA, with flex_attention within the layer; run by torch's eager kernels, forward only."""
+    model, other = models(name, "float32")
+    policy = copy.deepcopy(model)
+    policy = LoRA(rank=2).wrap(policy) if adapted else policy
+    attention.register_for_compiled_layers()  # after it the name stands for another function
+    for layer in decoder_layers(policy):
+        layer.compile(dynamic=True, backend="aot_eager")
+    try:
+        with torch.no_grad():
+            for times, items in enumerate(ITEMS.values()):
+                with torch.compiler.set_stance("fail_on_recompile" if times > 1 else "default"):
+                    close(score(policy, pack(items)), plain(other, items), name, "float32")
+    finally:
+        attention.register()
+        torch._dynamo.reset()
 
 
 def test_masks_are_the_definition():
