@@ -31,7 +31,7 @@ def trajectory(composed: Mapping[str, Any]) -> dict[str, Any]:
     keys = flat({k: v for k, v in composed.items() if k != "hydra"})
     keys["constraint"] = list(composed["constraint"])  # several act one after another: their order counts
     if keys.get(MICRO_BATCH_KEY, MICRO_BATCH) is None:
-        keys[MICRO_BATCH_KEY] = MICRO_BATCH  # which it is, where a GPU does not force another
+        keys[MICRO_BATCH_KEY] = MICRO_BATCH  # which it is, but on a GPU
     return {k: v for k, v in keys.items() if not any(k == free or k.startswith(f"{free}.") for free in NOT_IN_DIGEST)}
 
 

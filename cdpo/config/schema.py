@@ -10,7 +10,7 @@ from typing import Any, Literal
 from cdpo.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-MICRO_BATCH = 4096  # tokens: its matrix products are large enough, and more would only take memory
+MICRO_BATCH = 4096  # tokens: enough for a CPU, and what the reference is asked with
 COUNTS = (  # keys of the trainer that are whole numbers, from 1 on; those of MAY_BE_0 from 0 on
     "batch_size", "tokens_per_micro_batch", "epochs", "max_steps", "eval_every", "log_every", "checkpoint_every",
     "keep_checkpoints", "samples", "sample_tokens", "certificate_items", "threads",
@@ -23,7 +23,7 @@ class Trainer:
     """The loop: how long, in what portions, how often to look and to save."""
 
     batch_size: int | None = 16  # Items (prompts) per optimizer step; null: all of them
-    tokens_per_micro_batch: int | None = None  # null: 4096, or fewer where a GPU has no room for so many
+    tokens_per_micro_batch: int | None = None  # null: 4096; on a GPU what fits, up to 32768
     epochs: int = 1
     max_steps: int | None = None  # if set, replaces epochs
     max_grad_norm: float | None = 1.0  # gradient clipping; null: none

@@ -1,28 +1,31 @@
-"""What training keeps in memory, worked out from a model's shapes; and how large micro-batches may be beside it."""
+"""What training keeps in memory, by a model's shapes; how large micro-batches may be beside it, measured on the GPU."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import nn
+from torch.distributed.tensor import DTensor
 
-from cdpo.config.schema import MICRO_BATCH, Config
-from cdpo.errors import ConfigError, DeviceFull
+from cdpo.config.schema import Config
+from cdpo.data.packing import Scored, by_tokens, pack
+from cdpo.errors import DeviceFull
 from cdpo.model.change import Change
-from cdpo.model.head import CHUNK
-from cdpo.model.layers import check_switches, checkpoint_layers, decoder_layers
+from cdpo.model.layers import check_switches
+from cdpo.model.logps import Scorer
+from cdpo.system.ranks import Ranks
+from cdpo.system.rng import rng_state, set_rng_state
 
 log = logging.getLogger(__name__)
 
-LEAST = 256  # tokens of a micro-batch
-SHARE = 0.7  # of the memory that is free beside what lasts; the rest for what backward passes make and give back
-PROBE = 16  # tokens of the forward pass that is measured: few, as a skeleton attends the long way, with all weights
+LEAST, MOST = 256, 32_768  # tokens of a micro-batch on a GPU; with more its matrix products would be no faster
+SHARE = 0.7  # of the free memory; the rest for dropout, for Items that take more than the longest, and for gaps
 
 
 def outline(spec: Config, tokenizer: Any, data: Any) -> Any:
@@ -34,8 +37,6 @@ def outline(spec: Config, tokenizer: Any, data: Any) -> Any:
     for constraint in spec.constraint.values():
         policy = constraint.wrap(policy)
     check_switches(policy, spec.trainer)
-    if spec.trainer.gradient_checkpointing:
-        checkpoint_layers(policy)
     return policy
 
 
@@ -47,65 +48,95 @@ def persistent_bytes(policy: Any, states: int) -> int:
     return weights + (1 + states) * trained + start
 
 
-def bytes_per_token(policy: Any) -> float:
-    """Bytes that a forward pass keeps of each token for the backward pass, all but the head's logits.
+def tokens_that_fit(taken: Callable[[int], float], free: float, start: int = LEAST) -> tuple[int, float]:
+    """The largest micro-batch that takes its share of the free bytes: `start` tokens, doubled up to MOST; its bytes.
 
-    Measured, not looked up: `policy` may be a skeleton without weights, and adapters count as they do. Where layers are
-    checkpointed, what one of them keeps comes on top: the backward pass computes it again.
+    Twice as many are tried only where twice the bytes are free: so growth in proportion never runs out of memory.
     """
-    kept = _kept(policy)
-    if not getattr(policy, "is_gradient_checkpointing", False):
-        return kept
-    policy.gradient_checkpointing_disable()
-    again = _kept(policy) / len(decoder_layers(policy))
-    checkpoint_layers(policy)
-    return kept + again
+    tokens, most = start, taken(start)
+    while tokens < MOST and 2 * most <= free and (more := taken(2 * tokens)) <= SHARE * free:
+        tokens, most = 2 * tokens, more
+    return tokens, most
 
 
-def _kept(policy: Any) -> float:
-    lasts = {StorageWeakRef(p.untyped_storage()) for p in (*policy.parameters(), *policy.buffers())}
-    kept: dict[StorageWeakRef, int] = {}
+@dataclass(frozen=True)
+class Probe:
+    """Real passes of a policy on a GPU, forward and backward, over the longest Items. Nothing of them stays."""
 
-    def keep(tensor: Tensor) -> Tensor:
-        if (storage := StorageWeakRef(tensor.untyped_storage())) not in lasts:
-            kept[storage] = tensor.untyped_storage().nbytes()
-        return tensor
+    scorer: Scorer
+    scored: Scored
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ranks: Ranks = field(default_factory=Ranks)
 
-    ids = torch.zeros(1, PROBE, dtype=torch.long, device=next(policy.parameters()).device)
-    mask = ids.new_ones(1, 1, PROBE, PROBE, dtype=torch.bool)  # given, as a skeleton cannot look for one
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = policy(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
-    del output
-    return sum(kept.values()) / PROBE
+    def tokens(self, states: int) -> int:
+        """Tokens of a micro-batch for which every rank has room, beside `states` numbers for each that is trained."""
+        start = self._start()
+        with self._untouched():
+            self.taken(start)  # from here on there are gradients, and what torch makes once
+            free = min(self.ranks.all_gather(free_bytes(self.scored.device) - bytes_to_come(self.scorer, states)))
+            tokens, taken = tokens_that_fit(self.taken, free, start)
+        told = (tokens, taken / 2**30, taken / tokens / 1e3, free / 2**30)
+        log.info("measured: %d tokens take %.3g GiB, %.3g kB a token, where %.3g GiB are free", *told)
+        if taken > SHARE * free:
+            log.warning("this GPU may be too small: a micro-batch of %d tokens takes more than its share", tokens)
+        return tokens
+
+    def taken(self, tokens: int) -> float:
+        """Bytes that a pass over so many tokens takes, on the rank where it takes most; infinite if there are too few.
+
+        Raises DeviceFull where weights are sharded, as the other ranks wait within the pass.
+        """
+        device = self.scored.device
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        try:
+            with explained(tokens):
+                passed = self._pass(tokens)
+            own = (torch.cuda.max_memory_allocated(device) - before) * max(1.0, tokens / passed)
+        except DeviceFull:
+            if self.ranks.sharded:
+                raise
+            log.warning("this GPU has no room for %d tokens", tokens)
+            own = math.inf
+        return max(self.ranks.all_gather(own))
+
+    def _pass(self, tokens: int) -> int:
+        """Go through the model; returns with how many tokens, which whole Items seldom fill."""
+        sizes = [item.tokens for item in self.scored.items]
+        longest = by_tokens(sizes, range(len(sizes)), tokens)[0]
+        batch = pack([self.scored.items[i] for i in longest], padded=self.scored.padded).to(self.scored.device)
+        with self.autocast():
+            policy, _ = self.scorer(batch, statistics=True)
+        policy.sum().backward()
+        return sum(sizes[i] for i in longest)
+
+    def _start(self) -> int:
+        """A power of two that is no more than the longest Item, which must have room anyway."""
+        longest = max(item.tokens for item in self.scored.items)
+        return min(MOST, max(LEAST, 1 << longest.bit_length() - 1))
+
+    @contextmanager
+    def _untouched(self) -> Iterator[None]:
+        generators = rng_state()
+        self.scorer.train()
+        try:
+            yield
+        finally:
+            self.scorer.eval().zero_grad()
+            set_rng_state(generators)
+            torch.cuda.empty_cache()
 
 
-def tokens_that_fit(policy: Any, states: int, memory: int, shards: int = 1, autocast: bool = False) -> int:
-    """Tokens of a micro-batch on a device of so many bytes: a power of two, up to MICRO_BATCH and at least LEAST.
-
-    With `autocast` the weights in 32 bits have copies in 16.
-    """
-    copies = sum(2 * p.numel() for p in policy.parameters() if p.dtype == torch.float32) if autocast else 0
-    free = SHARE * (memory - (persistent_bytes(policy, states) + copies) / shards - 2 * CHUNK)
-    each, tokens = bytes_per_token(policy), MICRO_BATCH
-    while tokens > LEAST and tokens * each > free:
-        tokens //= 2
-    return tokens
+def free_bytes(device: torch.device) -> int:
+    """Bytes of a GPU that torch may still give out: those of nobody, and those that it holds unused."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
-def room(spec: Config, outlined: Callable[[], Any], device: torch.device, shards: int) -> int:
-    """Tokens of a micro-batch for which a GPU has room, beside the policy whose shapes `outlined` makes.
-
-    MICRO_BATCH, with a warning, where a model cannot be asked without weights. Raises ConfigError as `outline` does.
-    """
-    memory = torch.cuda.get_device_properties(device).total_memory
-    try:
-        return tokens_that_fit(outlined(), spec.optimizer.states, memory, shards, spec.trainer.autocast)
-    except ConfigError:
-        raise
-    except Exception as error:  # whatever an architecture cannot do without weights, it can with them
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        log.warning("this model does not say what a token takes (%s): micro-batches of %d tokens", reason, MICRO_BATCH)
-        return MICRO_BATCH
+def bytes_to_come(model: nn.Module, states: int) -> int:
+    """Bytes, on this rank, of `states` numbers for each that is trained and of where it started (`Change`)."""
+    trained = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters() if p.requires_grad]
+    return (states + 1) * sum(p.numel() * p.element_size() for p in trained)
 
 
 @contextmanager

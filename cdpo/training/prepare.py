@@ -26,7 +26,7 @@ from cdpo.losses.candidates import OnCandidates
 from cdpo.model.layers import decoder_layers, has_layers, switch
 from cdpo.model.layout import choose_layout
 from cdpo.model.logps import Scorer, one_by_one
-from cdpo.model.memory import explained, outline, room
+from cdpo.model.memory import Probe, explained
 from cdpo.model.pretrained import check_lengths
 from cdpo.model.reference import ReferencePass, check_loaded, check_start
 from cdpo.system.files import read_json, write_json
@@ -91,7 +91,6 @@ def prepare(session: Session) -> Ready:
     ranks.from_first(lambda: write_json(session.directory.data_report, rows.report()))
     sets = sets_of(spec, rows, session.pause_alone)
     session.pause()
-    trainer = sized(session, tokenizer, data)
     policy = spec.model.load(tokenizer, data)
     with explained(spec.trainer.micro_batch):
         scorer, scored, source = (_sharded if ranks.sharded else _whole)(session, policy, sets)
@@ -104,7 +103,7 @@ def prepare(session: Session) -> Ready:
         tokenizer=tokenizer,
         train=scored[0],
         held_out=scored[1],
-        trainer=trainer,
+        trainer=sized(session, scorer, scored[0]),
         data_rates=rows.rates(),
     )
     return Ready(run, data, source)
@@ -186,7 +185,7 @@ def _fitted(items: list[Item], ridge: float, pause: Callable[[], None]) -> list[
 # ---------------------------------------------------------------------------------------------------------- the model
 
 
-def sized(session: Session, tokenizer: Any, data: Data) -> Trainer:
+def sized(session: Session, scorer: Scorer, scored: Scored) -> Trainer:
     """The trainer with micro-batches for which the GPU has room; elsewhere, and where a number is set, as it is.
 
     The same on all ranks and, by micro_batch.json, after a resume.
@@ -196,8 +195,7 @@ def sized(session: Session, tokenizer: Any, data: Data) -> Trainer:
         return spec.trainer
     tokens = ranks.from_first(lambda: read_json(file)["tokens"] if file.is_file() else None)
     if tokens is None:
-        shards = ranks.size if ranks.sharded else 1
-        tokens = min(ranks.all_gather(room(spec, lambda: outline(spec, tokenizer, data), session.device, shards)))
+        tokens = Probe(scorer, scored, session.autocast, ranks).tokens(spec.optimizer.states)
         ranks.from_first(lambda: write_json(file, {"tokens": tokens}))
     log.info("micro-batches of at most %d tokens, by the GPU's memory", tokens)
     return replace(spec.trainer, tokens_per_micro_batch=tokens)
