@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # cdpo and TRL side by side on the same model, pairs and batches: pairs and tokens per second, memory, share of the floor.
 #
-#   launch/benchmark.sh [--cases hh lora ...] [--variants default best compact] [--rounds 5] [--device cpu] [--help]
+#   launch/benchmark.sh [--cases hh lora ...] [--variants default best compact] [--rounds 5] [--help]
 #
-# Each runs in a process of its own and they step in turns. First both must compute the same losses and gradients, else
-# nothing is timed. Needs the test extras and an HH file (--data). Writes outputs/benchmark/results.json and results.png.
+# On a CPU; launch/gpu.sh is for a GPU. Each runs in a process of its own and they step in turns. First both must compute
+# the same losses and gradients, else nothing is timed. Needs the test extras and an HH file (--data). Writes
+# outputs/benchmark/results.json and results.png.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)

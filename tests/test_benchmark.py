@@ -12,8 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from benchmarks import cases, floor
-from benchmarks.compare import Different, check, utilisation
-from safetensors.torch import save_file
+from benchmarks.compare import check
+from benchmarks.floor import utilisation
+from benchmarks.same import Different
+from scripted_sides import Given
 
 from cdpo.batch import Item
 
@@ -48,21 +50,9 @@ def test_it_compares_cdpo_with_trl(tmp_path):
     assert (tmp_path / "results.png").stat().st_size > 10_000
 
 
-class Given:
-    """A side whose losses and gradients are given."""
-
-    def __init__(self, name, folder, losses, gradient):
-        self.name, self.folder, self._losses = name, folder / name, iter(losses)
-        self.folder.mkdir()
-        save_file({"weight": torch.tensor(gradient)}, self.folder / "gradients.safetensors")
-
-    def step(self, command):
-        self.reply = {"loss": next(self._losses)}
-
-
 def test_sides_that_agree_are_timed(tmp_path):
     ours, theirs = (Given(name, tmp_path, [0.7, 0.6], [3.0, 4.0]) for name in ("cdpo", "best"))
-    assert check(ours, theirs, 1e-4) == {"loss": 0, "gradient": 0, "second_loss": 0.6}
+    assert check(ours, theirs, 1e-4) == {"loss": 0, "gradient": 0, "second_loss": 0.6, "later_losses": 0}
 
 
 @pytest.mark.parametrize(("losses", "gradient"), [([0.7, 0.6002], [3.0, 4.0]), ([0.7, 0.6], [3.0, 4.001])])
@@ -86,7 +76,7 @@ def test_utilisation_by_hand():
 
 def test_the_large_case_has_a_billion_weights():
     with torch.device("meta"):
-        model = cases._model(cases.CASES["1b"], SimpleNamespace(eos_token_id=0, pad_token_id=0))
+        model = cases._model(cases.FOR_GPUS["1b-16"], SimpleNamespace(eos_token_id=0, pad_token_id=0))
     assert 1e9 < sum(p.numel() for p in model.parameters()) < 1.4e9
 
 

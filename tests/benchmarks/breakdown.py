@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.cases import CASES, HH, prepare
+from benchmarks.cases import CASES, HH, Setup, prepare
 from benchmarks.floor import flops, speed
-from benchmarks.sides import options_of, settings
+from benchmarks.sides import settings
 
 KINDS = {  # of operators, the first that matches
     "matrix products": r"aten::(mm|addmm|bmm|baddbmm|addmv|linear|matmul)$",
@@ -57,8 +57,9 @@ def main() -> None:
 
     loop.take_step = timed
     with tempfile.TemporaryDirectory() as work:
-        items = prepare(case, given.data, Path(work), steps)
-        overrides = settings(Path(work), Path(work) / "out", options_of(case, steps, "cpu", given.threads))
+        setup = Setup(case, Path(work), steps, threads=given.threads)
+        items = prepare(setup, given.data)
+        overrides = settings(setup, Path(work) / "out")
         train(composed(*overrides), Path(work) / "out" / "run")
     spent: dict[str, float] = defaultdict(float)
     for event in recorder.key_averages():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
@@ -33,6 +34,7 @@ class Case:
     response: str = "hh"  # hh: as they are; short: at most 12 tokens; long: six of them joined
     lora: bool = False
     longest_prompt: int = 384
+    learning_rate: float = 1e-4  # large enough that the second step's loss is not log 2 any more
 
     @property
     def pairs(self) -> int:
@@ -49,26 +51,71 @@ CASES = {
         Case("short", response="short"),
         Case("long", response="long"),
         Case("candidates-4", candidates=4),
-        Case("1b", vocabulary=128_000, layers=16, width=2048, batch=16),
-        Case("1b-lora", vocabulary=128_000, layers=16, width=2048, batch=16, lora=True),
         Case("tiny", vocabulary=300, layers=1, width=32, batch=2, longest_prompt=48),
     )
 }
 
-FOR_GPUS = ("1b", "1b-lora")  # Llama-like, with 1.2 billion weights; too slow for a CPU
+LARGE = {"vocabulary": 128_000, "layers": 16, "width": 2048}  # Llama-like, with 1.2 billion weights
+FOR_GPUS = {
+    case.name: case
+    for case in (
+        Case("1b-lora-64", **LARGE, batch=64, lora=True),
+        Case("1b-64", **LARGE, batch=64, learning_rate=1e-5),
+        Case("1b-lora-16", **LARGE, batch=16, lora=True),
+        Case("1b-16", **LARGE, batch=16, learning_rate=1e-5),
+        Case("1b-lora-k8", **LARGE, batch=4, candidates=8, lora=True),
+        CASES["tiny"],
+    )
+}
 
 
-def prepare(case: Case, data: Path, folder: Path, steps: int) -> list[Item]:
-    """Write model, tokenizer and rows for `steps` steps of both sides. Returns the Items in the order of training."""
-    rows = Jsonl(path=str(data), eval_size=0, on_identical="drop", on_empty="drop", max_drop_fraction=1).load(0).train
-    tokenizer = _tokenizer(rows, case.vocabulary)
-    tokenizer.save_pretrained(folder / "model")
-    _model(case, tokenizer).save_pretrained(folder / "model")
+@dataclass(frozen=True)
+class Setup:
+    """What a side is to train, and where. `own` is for cdpo's side alone: more KEY=VALUE of its command line."""
+
+    case: Case
+    work: Path  # folder of all cases: those of one shape share a model
+    steps: int
+    device: str = "cpu"
+    threads: int = 1
+    own: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """Where the case lies."""
+        return self.work / self.case.name
+
+
+def prepare(setup: Setup, data: Path) -> list[Item]:
+    """Write model, tokenizer and rows for the steps of both sides. Returns the Items in the order of training."""
+    case, folder, steps = setup.case, setup.folder, setup.steps
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = _rows(data)
+    model = folder.parent / f"model-{case.vocabulary}-{case.layers}-{case.width}"
+    if not model.is_dir():
+        _write_model(case, rows, model, setup.device)
+    (folder / "model").symlink_to(model)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
     items = list(_items(case, rows, tokenizer, steps * case.batch))
     order = [i for step in range(steps) for part in _plan(case, len(items), steps)[step] for i in part]
     _write(folder / "cdpo.jsonl", [_row(item, tokenizer) for item in items])
     _write(folder / "trl.jsonl", [pair for i in order for pair in _pairs(items[i], tokenizer)])
     return [items[i] for i in order]
+
+
+@lru_cache(maxsize=1)
+def _rows(data: Path) -> list[Row]:
+    source = Jsonl(path=str(data), eval_size=0, on_identical="drop", on_empty="drop", max_drop_fraction=1)
+    return source.load(0).train
+
+
+def _write_model(case: Case, rows: list[Row], folder: Path, device: str) -> None:
+    tokenizer = _tokenizer(rows, case.vocabulary)
+    tokenizer.save_pretrained(folder)
+    with torch.device(device):
+        _model(case, tokenizer).save_pretrained(folder)
+    if device == "cuda":
+        torch.cuda.empty_cache()  # it is the sides' from here on
 
 
 def _plan(case: Case, items: int, steps: int) -> Plan:

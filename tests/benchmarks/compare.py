@@ -1,4 +1,7 @@
-"""python -m benchmarks.compare: check that both sides compute the same, time them in turns, write what was found."""
+"""python -m benchmarks.compare: check that both sides compute the same, time them in turns, write what was found.
+
+On a CPU; benchmarks.gpu does so on a GPU, one side after the other.
+"""
 
 from __future__ import annotations
 
@@ -13,80 +16,56 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from benchmarks.cases import CASES, FOR_GPUS, HH, Case, prepare
-from benchmarks.floor import flops, peak, speed
+from benchmarks.cases import CASES, HH, Case, Setup, prepare
+from benchmarks.floor import flops, speed
+from benchmarks.same import Different, agree, tolerance
 from benchmarks.sides import Side
 from cdpo.batch import Item
 
-BFLOAT16 = 3e-2  # of losses and gradients, where a side computes in bfloat16: TRL's default, and all on a GPU
-FLOAT32 = 1e-4
 VARIANTS = ["default", "best", "compact"]  # of TRL; see theirs.py
 WARM = 1  # steps before the clock runs
 
 
-class Different(Exception):
-    """The two sides do not compute the same, so their times say nothing."""
-
-
-def check(ours: Side, theirs: Side, tolerance: float) -> dict[str, float]:
+def check(ours: Side, theirs: Side, allowed: float) -> dict[str, float]:
     """The loss of two steps, and the gradient of the first. Raises Different."""
     losses = []
     for command in ("check", "step"):
         for side in (ours, theirs):
             side.step(command)
-        losses.append([side.reply["loss"] for side in (ours, theirs)])
-    one, other = (load_file(side.folder / "gradients.safetensors") for side in (ours, theirs))
-    if one.keys() != other.keys():
-        raise Different(f"gradients of other parameters: {sorted(one.keys() ^ other.keys())[:4]}")
-    norm = sum(float(g.norm()) ** 2 for g in other.values()) ** 0.5
-    off = sum(float((one[name] - other[name]).norm()) ** 2 for name in one) ** 0.5 / norm
-    loss = max(abs(a - b) for a, b in losses)
-    if not (off <= tolerance and all(abs(a - b) <= tolerance for a, b in losses)):
-        raise Different(f"{theirs.name}: losses {losses}, gradients {off:.1e} apart; at most {tolerance:g} is allowed")
-    return {"loss": loss, "gradient": off, "second_loss": losses[1][0]}
+        losses.append((ours.reply["loss"], theirs.reply["loss"]))
+    return agree(ours.folder, theirs.folder, losses, allowed)
 
 
-def compare(case: Case, variants: list[str], rounds: int, data: Path, work: Path, device: str, threads: int) -> dict:
+def compare(setup: Setup, variants: list[str], rounds: int, data: Path) -> dict:
     """One case: checked against every variant, then timed in turns."""
-    steps = WARM + rounds
-    items = prepare(case, data, work, steps)
-    options = (case, work, steps, device, threads)
-    checked = {}
+    items, checked = prepare(setup, data), {}
     for variant in variants:
-        with Side("cdpo", *options) as ours, Side(variant, *options) as theirs:
-            checked[variant] = check(ours, theirs, _tolerance(variant, device))
-            print(f"{case.name}: {variant} computes the same: {checked[variant]}", flush=True)
-    found = {variant: _turns(case, variant, items, rounds, options) for variant in variants}
-    return {"case": vars(case), "lengths": _lengths(items), "same": checked, "against": found}
+        with Side("cdpo", setup) as ours, Side(variant, setup) as theirs:
+            checked[variant] = check(ours, theirs, tolerance(variant, setup.device))
+            print(f"{setup.case.name}: {variant} computes the same: {checked[variant]}", flush=True)
+    found = {variant: _turns(setup, variant, items, rounds) for variant in variants}
+    return {"case": vars(setup.case), "lengths": lengths(items), "same": checked, "against": found}
 
 
-def _tolerance(variant: str, device: str) -> float:
-    return BFLOAT16 if variant == "default" or device == "cuda" else FLOAT32
-
-
-def _turns(case: Case, variant: str, items: list[Item], rounds: int, options: Any) -> dict[str, Any]:
+def _turns(setup: Setup, variant: str, items: list[Item], rounds: int) -> dict[str, Any]:
     """Steps of the two processes in turns, so that a noisy machine is noisy for both."""
+    case, floors = setup.case, []
     seconds: dict[str, list[float]] = {"cdpo": [], variant: []}
-    floors, operations = [], []
-    with Side("cdpo", *options) as ours, Side(variant, *options) as theirs:
+    with Side("cdpo", setup) as ours, Side(variant, setup) as theirs:
         for step in range(WARM + rounds):
             took = {side.name: side.step() for side in (ours, theirs)}
             losses = [side.reply["loss"] for side in (ours, theirs)]
-            if not abs(losses[0] - losses[1]) <= _tolerance(variant, options[3]):
+            if not abs(losses[0] - losses[1]) <= tolerance(variant, setup.device):
                 raise Different(f"{variant}: losses {losses} of step {step + 1}")
             part = items[step * case.batch : (step + 1) * case.batch]
-            fastest = flops(case, part) / speed(options[3])
+            fastest = flops(case, part) / speed(setup.device)
             if step >= WARM:
                 floors.append(fastest)
-                operations.append(flops(case, part))
                 for name, value in took.items():
                     seconds[name].append(value)
         memory = {side.name: side.reply["memory"] for side in (ours, theirs)}
     found = summary(case, items, seconds, floors, memory)
-    if options[3] == "cuda" and (most := peak(torch.cuda.get_device_name())):
-        found["mfu"] = {name: utilisation(operations, values, most) for name, values in seconds.items()}
     print(_line(case, variant, found), flush=True)
     return found
 
@@ -109,14 +88,10 @@ def summary(case: Case, items: list[Item], seconds: dict, floors: list[float], m
     }
 
 
-def utilisation(operations: list[float], seconds: list[float], peak: float) -> float:
-    """MFU: the share of the stated peak at which the operations were done that a step needs at least."""
-    return statistics.median(o / s for o, s in zip(operations, seconds)) / peak
-
-
-def _lengths(items: list[Item]) -> dict[str, float]:
-    lengths = [[len(item.prompt), *map(len, item.responses)] for item in items]
-    means = [statistics.mean(column) for column in zip(*lengths)]
+def lengths(items: list[Item]) -> dict[str, float]:
+    """Mean tokens of prompts and responses."""
+    rows = [[len(item.prompt), *map(len, item.responses)] for item in items]
+    means = [statistics.mean(column) for column in zip(*rows)]
     return {"prompt" if k == 0 else f"response {k}": mean for k, mean in enumerate(means)}
 
 
@@ -128,7 +103,6 @@ def _line(case: Case, variant: str, found: dict[str, Any]) -> str:
         f"{case.name:16} {variant:8} {ours:8.2f} {theirs:8.2f} pairs/s  {ratio:5.1f}x ({least:.1f} to {most:.1f})  "
         f"{megabytes[0]:6.0f} {megabytes[1]:6.0f} MB  {found['memory_share']:.2f}x  "
         f"{found['times_the_floor']:.2f} floors of {found['floor_seconds']:.3f} s"
-        + "".join(f"  MFU {name} {value:.3f}" for name, value in found.get("mfu", {}).items())
     )
 
 
@@ -141,23 +115,21 @@ def machine(device: str, threads: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="launch/benchmark.sh", description=__doc__)
-    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: all but tiny; 1b and 1b-lora on a GPU only")
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: all but tiny")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch, for both sides")
     parser.add_argument("--data", type=Path, default=HH, help="an HH file of transcripts")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"machine": machine(options.device, options.threads), "cases": {}}
-    fit = [name for name in CASES if name != "tiny" and (options.device == "cuda" or name not in FOR_GPUS)]
-    for name in options.cases or fit:
+    results: dict[str, Any] = {"machine": machine("cpu", options.threads), "cases": {}}
+    for name in options.cases or [name for name in CASES if name != "tiny"]:
         with tempfile.TemporaryDirectory() as work:
             try:
-                place = (options.data, Path(work), options.device, options.threads)
-                found = compare(CASES[name], options.variants, options.rounds, *place)
+                setup = Setup(CASES[name], Path(work), WARM + options.rounds, threads=options.threads)
+                found = compare(setup, options.variants, options.rounds, options.data)
             except Different as error:
                 sys.exit(f"{name}: not timed, as the two sides differ. {error}")
         results["cases"][name] = found

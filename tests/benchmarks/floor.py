@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 
@@ -52,3 +53,8 @@ def speed(device: str) -> float:
             torch.cuda.synchronize()
         best = max(best, 2 * size**3 / (time.perf_counter() - began))
     return best
+
+
+def utilisation(operations: list[float], seconds: list[float], peak: float) -> float:
+    """MFU: the share of the stated peak at which the operations were done that a step needs at least."""
+    return statistics.median(o / s for o, s in zip(operations, seconds)) / peak

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from safetensors.torch import save_file
 from torch import nn
 
-from benchmarks.channel import Channel, plain
+from benchmarks.channel import channel, plain
 from cdpo.constraints.constraint import Constraint
 from cdpo.model.change import Change
 
@@ -18,7 +18,7 @@ class Gate(Constraint):
     """Waits for the parent's word before every step. The time from one gate to the next is a whole turn of the loop."""
 
     def __post_init__(self) -> None:
-        self.channel = Channel()
+        self.channel = channel()
 
     def begin(self, model: nn.Module, change: Change) -> None:
         """Adapters start at random: TRL's side takes over the very same."""

@@ -1,9 +1,13 @@
-"""TRL's side: its DPOTrainer on the same model, pairs and order; as it comes, at its best here, or compact."""
+"""TRL's side: its DPOTrainer on the same model, pairs and order; as it comes, at its best here, or compact.
+
+Its fused head is on in all of them: DPOTrainer of TRL 1.16 has no other. `use_liger_kernel`, deprecated there, changes
+norms and activations only.
+"""
 
 from __future__ import annotations
 
 import json
-import os
+import math
 import sys
 from pathlib import Path
 
@@ -15,13 +19,15 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from benchmarks.channel import Channel, plain
+from benchmarks.channel import Channel, channel, plain
 
 VARIANTS = {
     "default": {},  # checkpoints activations, computes in bfloat16, scores the reference in every step
-    "best": {"precompute_ref_log_probs": True, "gradient_checkpointing": False, "bf16": torch.cuda.is_available()},
+    "best": {"precompute_ref_log_probs": True, "gradient_checkpointing": False},  # in bfloat16 on a GPU
+    "checkpointed": {"precompute_ref_log_probs": True},  # the same in less memory
 }
 VARIANTS["compact"] = VARIANTS["best"]  # and the head at response tokens only, which TRL itself does on GPUs alone
+AT_ONCE = 16  # pairs, at most: then a GPU is busy, and more would only take memory
 
 
 class Recorded(DPOTrainer):
@@ -52,18 +58,19 @@ class AtTheGate(TrainerCallback):
         self.channel.wait(loss=loss)
 
 
-def main(variant: str, options: dict) -> None:
+def main(variant: str) -> None:
     """Train until the parent is gone."""
-    channel = Channel()
+    options = channel().options
+    channel().wait()
     torch.set_num_threads(options["threads"])
     if variant == "compact":
         trl.trainer.utils._use_triton = lambda device: True  # read by the trainer only to choose the positions
-    work = channel.folder.parent
-    gate = AtTheGate(channel)
+    work = channel().folder.parent
+    gate = AtTheGate(channel())
     rows = [json.loads(line) for line in (work / "trl.jsonl").read_text().splitlines()]
     trainer = Recorded(
         str(work / "model"),
-        args=_config(channel.folder, variant, options),
+        args=_config(channel().folder, variant, options),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(work / "model"),
         peft_config=_adapters() if options["lora"] else None,
@@ -76,13 +83,15 @@ def main(variant: str, options: dict) -> None:
 
 
 def _config(folder: Path, variant: str, options: dict) -> DPOConfig:
-    accumulated = options["pairs"] // options["batch"]  # micro-batches of as many pairs as cdpo has prompts
+    at_once = min(options["batch"], AT_ONCE) if options["device"] == "cpu" else AT_ONCE
+    at_once = math.gcd(at_once, options["pairs"])
+    bfloat16 = {} if variant == "default" else {"bf16": options["device"] == "cuda"}
     return DPOConfig(
         output_dir=str(folder),
         use_cpu=options["device"] == "cpu",
         max_steps=options["steps"],
-        per_device_train_batch_size=options["batch"],
-        gradient_accumulation_steps=accumulated,
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=options["pairs"] // at_once,
         learning_rate=options["learning_rate"],
         max_grad_norm=0,  # no clipping, as on cdpo's side
         lr_scheduler_type="constant",
@@ -92,6 +101,7 @@ def _config(folder: Path, variant: str, options: dict) -> DPOConfig:
         save_strategy="no",
         disable_tqdm=True,
         **VARIANTS[variant],
+        **bfloat16,
     )
 
 
@@ -108,4 +118,4 @@ def _same_adapters(model: torch.nn.Module, work: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(os.environ["BENCHMARK_OPTIONS"]))
+    main(sys.argv[1])
