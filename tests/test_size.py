@@ -12,7 +12,8 @@ OURS = sorted(path for folder in ("cdpo", "launch") for path in (ROOT / folder).
 ALL = [*OURS, *sorted((ROOT / "tests").rglob("*.py"))]
 MANY = {  # functions with more than 5 arguments
     "cdpo/model/attention.py tree_attention": "transformers' attention interface",
-    "cdpo/model/head.py _LogProbs.forward": "torch.autograd.Function: what is differentiated is an argument",
+    "cdpo/model/fused_head.py FusedLogProbs.forward": "torch.autograd.Function: what is differentiated is an argument",
+    "cdpo/model/head.py _LogProbs.forward": "the same",
 }
 
 

@@ -17,13 +17,14 @@ CHUNK = 1 << 28  # bytes of logits that are alive at most, as they leave the mat
 ALIGNED = 128  # slices begin and end at multiples, else tensor cores lie idle
 
 
-class Sums(NamedTuple):
-    """Over the slices so far, of every row's logits z: the largest; sums of e = exp(z - largest), e z, z. 4 x [N]"""
+class Seen(NamedTuple):
+    """Of the slices so far, of every row's logits z: the largest; sums of e = exp(z - largest), e z, z. [N] each"""
 
     top: Tensor
     total: Tensor
     dot: Tensor
     first: Tensor
+    own: Tensor  # the target's z
 
 
 class FusedLogProbs(torch.autograd.Function):
@@ -39,23 +40,22 @@ class FusedLogProbs(torch.autograd.Function):
         transform: LogitTransform, statistics: bool, dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         h, absorb = hidden.to(dtype), _kernels(hidden.is_cuda)[0]
-        top, total, dot, first, token = h.new_zeros(5, len(h), dtype=torch.promote_types(dtype, torch.float32))
-        sums = Sums(top - torch.inf, total, dot, first)
+        top, *zeros = h.new_zeros(5, len(h), dtype=torch.promote_types(dtype, torch.float32))
+        seen = Seen(top - torch.inf, *zeros)
         trained = any(ctx.needs_input_grad[1:3])
         mean = None if trained or transform.cap else top.new_zeros(h.shape)  # the expected row of a frozen weight
         for a, b in slices(len(h), weight, dtype):
             w = weight[a:b].to(dtype)
-            at = target - a
-            e, sums, token, rescale = absorb(_logits(h, w, bias, a), sums, token, at, transform, statistics)
+            e, seen, rescale = absorb(_logits(h, w, bias, a), seen, target - a, transform, statistics)
             if mean is not None:
                 mean = mean.mul_(rescale[:, None]).add_(e @ w)
-        logsum = sums.top + sums.total.log()
+        logsum = seen.top + seen.total.log()
         ctx.transform, ctx.dtype = transform, dtype
-        expected = None if mean is None else mean.div_(sums.total[:, None])
+        expected = None if mean is None else mean.div_(seen.total[:, None])
         ctx.save_for_backward(hidden, weight, bias, target, logsum, expected)
-        entropy, logit = logsum - sums.dot / sums.total, sums.first / len(weight)
+        entropy, logit = logsum - seen.dot / seen.total, seen.first / len(weight)
         ctx.mark_non_differentiable(entropy, logit)
-        return token - logsum, entropy, logit
+        return seen.own - logsum, entropy, logit
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -99,21 +99,21 @@ def _kernels(compiled: bool) -> tuple[Any, Any]:
 
 
 def _absorb(
-    z: Tensor, sums: Sums, token: Tensor, at: Tensor, transform: LogitTransform, statistics: bool
-) -> tuple[Tensor, Sums, Tensor, Tensor]:
-    """exp(z - top) as z was, [N, v]; the sums; the targets' logits so far; what sums of before were rescaled by. [N]"""
-    dtype, z = z.dtype, transform(z.to(token.dtype, copy=True))
+    z: Tensor, seen: Seen, at: Tensor, transform: LogitTransform, statistics: bool
+) -> tuple[Tensor, Seen, Tensor]:
+    """exp(z - top) as z was, [N, v]; what has been seen by now; what sums of before were multiplied by, [N]."""
+    dtype, z = z.dtype, transform(z.to(seen.top.dtype, copy=True))
     inside = (at >= 0) & (at < z.shape[1])
-    token = torch.where(inside, z.gather(1, at.clamp(0, z.shape[1] - 1)[:, None])[:, 0], token)
-    top = torch.maximum(sums.top, z.amax(1))
+    own = torch.where(inside, z.gather(1, at.clamp(0, z.shape[1] - 1)[:, None])[:, 0], seen.own)
+    top = torch.maximum(seen.top, z.amax(1))
     shift = top.masked_fill(top == -torch.inf, 0)  # where every logit so far is -inf
-    rescale = (sums.top - shift).exp()
+    rescale = (seen.top - shift).exp()
     e = (z - shift[:, None]).exp()
-    dot, first = sums.dot, sums.first
+    dot, first = seen.dot, seen.first
     if statistics:
         finite = z.clamp(min=torch.finfo(z.dtype).min)  # not -inf * 0
         dot, first = dot * rescale + (e * finite).sum(1), first + z.sum(1)
-    return e.to(dtype), Sums(top, sums.total * rescale + e.sum(1), dot, first), token, rescale
+    return e.to(dtype), Seen(top, seen.total * rescale + e.sum(1), dot, first, own), rescale
 
 
 def _slope(z: Tensor, logsum: Tensor, gradient: Tensor, at: Tensor, transform: LogitTransform) -> Tensor:
