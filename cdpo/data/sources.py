@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -76,12 +76,13 @@ class Source(Dataset):
 
     def _rows(self, name: str, records: Iterable[Record], ledger: Ledger) -> list[Row]:
         """The usable rows of one file or split. Raises DataError that lists the others, unless they may be dropped."""
-        records = list(islice(records, self.max_rows))
-        if not records:
+        records = islice(records, self.max_rows)
+        first = _until_objects(records, LOOK_AT)
+        if not first:
             raise DataError(f"{name}: 0 rows")
-        form = self._format(name, [record.value for record in records if isinstance(record.value, dict)])
+        form = self._format(name, [record.value for record in first if isinstance(record.value, dict)])
         rows, bad = [], []
-        for record in records:
+        for record in chain(first, records):  # which are never all in memory
             try:
                 rows.append(self._row(record, form))
                 ledger.keep()
@@ -94,7 +95,7 @@ class Source(Dataset):
     def _format(self, name: str, objects: list[dict[str, Any]]) -> str:
         if self.format != "auto":
             return self.format
-        form = detect(objects[:LOOK_AT]) if objects else "columns"
+        form = detect(objects) if objects else "columns"
         log.info("%s: format %s (dataset.format=... forces another)", name, form)
         return form
 
@@ -238,6 +239,15 @@ class Hub(Source):
             return Record(source, ADAPTERS[self.adapter](columns))
         except BadRow as problem:
             return Record(source, problem)
+
+
+def _until_objects(records: Iterator[Record], count: int) -> list[Record]:
+    """The first records, until so many of them are objects, or all."""
+    taken: list[Record] = []
+    while count and (record := next(records, None)):
+        taken.append(record)
+        count -= isinstance(record.value, dict)
+    return taken
 
 
 def option(kind: str) -> str:
