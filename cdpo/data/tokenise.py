@@ -9,10 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +36,8 @@ log = logging.getLogger(__name__)
 WINDOW = 64  # characters on each side of the boundary that can change its tokens
 CHUNK = 512  # rows between two calls of `pause`
 FEW = 100  # rows that are tokenised sooner than a file is found
+FORKED: list[bool] = []  # not empty in a forked process, which has lost the threads of its parent
+os.register_at_fork(after_in_child=lambda: FORKED.append(True))
 TURNS = {"user": "Human", "assistant": "Assistant", "system": "System"}
 Ids = list[int]
 
@@ -112,6 +118,7 @@ class _Tokeniser:
         self.name = tokenizer.name_or_path or type(tokenizer).__name__
         self.eos, self.bos = tokenizer.eos_token_id, tokenizer.bos_token_id
         self.adds_bos = self.bos is not None and list(tokenizer("").input_ids)[:1] == [self.bos]
+        self.slim = slim()
         special = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, special)) or r"(?!)")  # (?!) matches nothing
 
@@ -140,9 +147,14 @@ class _Tokeniser:
         return [j != t + h for j, t, h in zip(joint, self.ids(tails), self.ids(heads))]
 
     def ids(self, texts: list[str]) -> list[Ids]:
-        found = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
-        assert isinstance(found, list)
-        return found
+        """Token ids of each text; a text that comes again, as a prompt's end does, is tokenised once."""
+        unique = list(dict.fromkeys(texts))
+        with on_all_cores():
+            found = self.tokenizer(
+                unique, add_special_tokens=False, return_attention_mask=False, verbose=False
+            ).input_ids
+        of = dict(zip(unique, map(self.slim, found)))
+        return [of[text] for text in texts]
 
     def item(self, row: Row, prompt: Ids, answers: list[Ids]) -> Item:
         """BadRow if the prompt or a response is left without a token, or a pair without a difference."""
@@ -225,6 +237,23 @@ class _Tokeniser:
         return text
 
 
+def slim() -> Callable[[Ids], Ids]:
+    """Gives a list of token ids as one in which equal ids are one object: 8 bytes a token, not 36."""
+    known: dict[int, int] = {}
+    return lambda ids: [known.setdefault(i, i) for i in ids]
+
+
+@contextmanager
+def on_all_cores() -> Iterator[None]:
+    """Within the block the tokenizers library uses all cores, which it must not in a forked process."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM", "false")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false" if FORKED else "true"
+    try:
+        yield
+    finally:
+        os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
 def lengths(items: list[Item]) -> dict[str, float]:
     """Mean and maximum number of tokens, of the prompts over Items and of chosen and rejected over pairs."""
     tokens = {
@@ -259,19 +288,20 @@ def _key(rows: list[Row], tokenizer: Any, limits: Dataset) -> dict[str, Any]:
 
 
 def _encoded(items: list[Item], ledger: Ledger) -> Tensor:
-    """Strict JSON, as bytes. [n]"""
-    plain = [[item.prompt, item.responses, item.pairs, item.rewards, item.source, item.base] for item in items]
-    content = json.dumps({"items": plain, "ledger": asdict(ledger)}, allow_nan=False, separators=(",", ":"))
-    return torch.frombuffer(bytearray(content.encode()), dtype=torch.uint8)
+    """Lines of strict JSON, the ledger and then an Item each, as bytes. [n]"""
+    plain = ([item.prompt, item.responses, item.pairs, item.rewards, item.source, item.base] for item in items)
+    content = bytearray()
+    for one in chain([asdict(ledger)], plain):
+        content += json.dumps(one, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+    return torch.frombuffer(content, dtype=torch.uint8)
 
 
 def _decoded(values: Tensor) -> tuple[list[Item], Ledger]:
-    tree = json.loads(values.numpy().tobytes())
-    items = [
-        Item(prompt, responses, [Pair(*pair) for pair in pairs], rewards, source, base=base)
-        for prompt, responses, pairs, rewards, source, base in tree["items"]
-    ]
-    ledger = tree["ledger"]
+    lines = map(json.loads, BytesIO(values.numpy().data))
+    ledger, slimmed, items = next(lines), slim(), []
+    for prompt, responses, pairs, rewards, source, base in lines:
+        tokens = slimmed(prompt), [slimmed(response) for response in responses]
+        items.append(Item(*tokens, [Pair(*pair) for pair in pairs], rewards, source, base=base))
     for part in ("dropped", "notes"):
         ledger[part] = {kind: Tally(**tally) for kind, tally in ledger[part].items()}
     return items, Ledger(**ledger)

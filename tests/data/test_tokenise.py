@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import signal
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -14,9 +17,9 @@ from tokenizers import AddedToken
 
 from cdpo.batch import Pair
 from cdpo.data.bandit import Bandit
-from cdpo.data.rows import Dataset
+from cdpo.data.rows import Dataset, Ledger
 from cdpo.data.sources import Jsonl
-from cdpo.data.tokenise import CHUNK, tokenise
+from cdpo.data.tokenise import CHUNK, _decoded, _encoded, tokenise
 from cdpo.errors import ConfigError, DataError
 
 
@@ -246,3 +249,29 @@ def test_an_added_token_that_is_not_special_is_text():
     tokenizer.add_tokens([AddedToken(" world", special=False)])
     _, ledger = tokenise([row()], tokenizer, Dataset())
     assert ledger.notes["special_tokens"].count == 0
+
+
+def test_equal_ids_are_one_object(tokenizer):
+    """Python makes an object of every number above 256; the rows of the second call come out of a folder."""
+    rows = [row(" ".join(f"word{i}" for i in range(40)), f" {k}") for k in range(3)]
+    items, _ = tokenise(rows, tokenizer, Dataset())
+    again, _ = _decoded(_encoded(items, Ledger()))
+    assert again == items
+    for found in (items, again):
+        one, *others = (item.prompt for item in found)
+        assert one
+        assert all(a is b for other in others for a, b in zip(one, other, strict=True))
+
+
+def test_a_forked_process_tokenises_without_its_parents_threads(tokenizer):
+    rows = [row(f"prompt {i}", f" answer {i}", f" other {i}") for i in range(50)]
+    expected, _ = tokenise(rows, tokenizer, Dataset())
+    child = os.fork()
+    if not child:
+        os._exit(0 if tokenise(rows, tokenizer, Dataset())[0] == expected else 1)
+    until = time.monotonic() + 120
+    while (found := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < until:
+        time.sleep(0.02)
+    if found == (0, 0):
+        os.kill(child, signal.SIGKILL)
+    assert found == (child, 0)
