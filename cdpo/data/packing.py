@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -118,15 +118,24 @@ class Scored:
     items: list[Item]
     padded: bool  # layout: padded rows, for models that cannot attend over trees
     device: torch.device
-    reference: list[Tensor] = field(default_factory=list)  # per Item: [K] nats, float64
+    reference: Sequence[Tensor | None] = ()  # per Item: [K] nats, float64; None where nobody has asked for it
 
     def __post_init__(self) -> None:
         # a run on the full batch asks for the same batches at every step
         self.batch: Callable[[tuple[int, ...]], Batch] = lru_cache(maxsize=KEPT)(self._batch)
 
     def _batch(self, indices: tuple[int, ...]) -> Batch:
-        reference = [self.reference[i] for i in indices] if self.reference else None
+        reference = [self._known(i) for i in indices] if self.reference else None
         return pack([self.items[i] for i in indices], reference, self.padded).to(self.device)
+
+    def _known(self, i: int) -> Tensor:
+        found = self.reference[i]
+        assert found is not None, f"{self.items[i].source}: its reference was not asked for"
+        return found
+
+    def known(self) -> list[int]:
+        """The Items whose reference is known, as indices."""
+        return [i for i, found in enumerate(self.reference) if found is not None]
 
     def fingerprint(self) -> str:
         """sha256 of every Item's tokens, pairs, rewards and base."""
@@ -187,6 +196,12 @@ class Plan:
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one pass over the Items."""
         return -(-len(self.sizes) // self.batch_size)
+
+    def visited(self) -> set[int]:
+        """The Items that some step sees, as indices."""
+        if self.steps >= self.steps_per_epoch:
+            return set(range(len(self.sizes)))
+        return {i for step in range(self.steps) for i in self.step_items(step)}
 
     def step_items(self, step: int) -> list[int]:
         """The Items of a step, as indices."""

@@ -160,7 +160,8 @@ def check_start(scorer: Scorer, scored: Scored) -> float:
     Raises ConfigError where policy and reference differ by more than rounding: another base model, an adapter that does
     not start at zero, a cache of other weights. All numbers of such a run would be wrong.
     """
-    first = Scored(scored.items[:CHECKED], scored.padded, scored.device, scored.reference[:CHECKED])
+    some = scored.known()[:CHECKED]
+    first = Scored([scored.items[i] for i in some], scored.padded, scored.device, [scored.reference[i] for i in some])
     worst = 0.0
     for batch, logps, off, allowed in _differences(scorer.eval(), first):
         worst = max(worst, float(off.max()))
@@ -175,7 +176,7 @@ def check_start(scorer: Scorer, scored: Scored) -> float:
 
 def check_loaded(scorer: Scorer, witness: Item, before: Tensor, scored: Scored) -> None:
     """ConfigError unless the reference of one Item, computed on shards, is `before`, that of the model as loaded."""
-    found = next(one for item, one in zip(scored.items, scored.reference) if item is witness)
+    found = next(one for item, one in zip(scored.items, scored.reference) if item is witness and one is not None)
     length = torch.tensor([len(response) for response in witness.responses])
     off = (found - before.cpu()).abs()
     if not bool((off <= rounding_tolerance(_least_precise(scorer, scored.device), length)).all()):

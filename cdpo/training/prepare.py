@@ -33,7 +33,8 @@ from cdpo.system.files import read_json, write_json
 from cdpo.system.progress import Progress
 from cdpo.system.ranks import shard
 from cdpo.system.rng import seed_all
-from cdpo.training.run import Run
+from cdpo.training.certificate import sample
+from cdpo.training.run import Run, plan_of
 from cdpo.training.session import Session
 
 log = logging.getLogger(__name__)
@@ -230,7 +231,7 @@ def _sharded(session: Session, policy: Any, sets: Sets) -> tuple[Scorer, list[Sc
     The constraints stand by then, so the log-probs of one Item must equal those of the model as it was loaded.
     """
     policy.eval()
-    witness = min(sets.train, key=lambda item: item.tokens)
+    witness = min((sets.train[i] for i in asked(session.spec, sets.train)), key=lambda item: item.tokens)
     with torch.no_grad():
         before = one_by_one(policy, [witness])
     scorer = Scorer(constrained(policy, session.spec))
@@ -250,16 +251,42 @@ def constrained(policy: Any, spec: Config) -> Any:
     return policy
 
 
+def asked(spec: Config, train: list[Item]) -> list[int]:
+    """The Items whose reference is asked for, as indices: all; or those that the run sees, if fewer than half.
+
+    So runs that see most of the data ask for the same, whatever their seed, and find what others computed.
+    """
+    plan = plan_of(spec.trainer, train, spec.draw)
+    seen = plan.visited() | set(sample(len(train), spec.trainer.certificate_items, plan.seed))
+    return sorted(seen) if 2 * len(seen) < len(train) else list(range(len(train)))
+
+
 def _scored(session: Session, scorer: Scorer, sets: Sets) -> tuple[list[Scored], str]:
     """The Items to train on and to hold out with the log-probs of the reference, and where these are from.
 
-    What this loss has no use for is scored too: so every loss asks for the same Items, and finds what others computed.
+    Where all are asked for, what this loss has no use for is too: so every loss asks for the same Items.
     """
-    spec, began = session.spec, time.monotonic()
-    items = sets.train + sets.held_out + sets.unused
     check_lengths(scorer.model, sets.longest())
+    chosen = asked(session.spec, sets.train)
+    few = len(chosen) < len(sets.train)
+    items = [sets.train[i] for i in chosen] + sets.held_out + ([] if few else sets.unused)
     whole = Scored(items, _padded(session, scorer, sets), session.device)
-    with Progress(len(items), 0, "reference", quiet=not session.ranks.first) as bar, session.autocast():
+    source = _ask(session, scorer, whole)
+    if few:
+        log.info("reference: not of %d Items that this run does not see", len(sets.train) - len(chosen))
+    n, m = len(chosen), len(chosen) + len(sets.held_out)
+    found = dict(zip(chosen, whole.reference[:n]))
+    parts = (
+        (sets.train, [found.get(i) for i in range(len(sets.train))]),
+        (sets.held_out, whole.reference[n:m]),
+    )
+    return [Scored(some, whole.padded, session.device, reference) for some, reference in parts], source
+
+
+def _ask(session: Session, scorer: Scorer, whole: Scored) -> str:
+    """Fill in the reference, from where it is found soonest; returns from where."""
+    began, count = time.monotonic(), len(whole.items)
+    with Progress(count, 0, "reference", quiet=not session.ranks.first) as bar, session.autocast():
 
         def tell(done: int) -> None:
             session.pause()
@@ -267,11 +294,10 @@ def _scored(session: Session, scorer: Scorer, sets: Sets) -> tuple[list[Scored],
 
         # with the config's micro-batches: the reference is one for all constraints, however much room they leave
         own, shared = session.directory.reference, session.cache("reference")
-        source = ReferencePass(spec.trainer.micro_batch, own, shared, session.ranks, tell).fill(scorer, whole)
-    log.info("reference: %s (%d Items, %.1f s)", source, len(items), time.monotonic() - began)
-    n, m = len(sets.train), len(sets.train) + len(sets.held_out)
-    parts = ((sets.train, whole.reference[:n]), (sets.held_out, whole.reference[n:m]))
-    return [Scored(some, whole.padded, session.device, reference) for some, reference in parts], source
+        micro_batch = session.spec.trainer.micro_batch
+        source = ReferencePass(micro_batch, own, shared, session.ranks, tell).fill(scorer, whole)
+    log.info("reference: %s (%d Items, %.1f s)", source, count, time.monotonic() - began)
+    return source
 
 
 def _padded(session: Session, scorer: Scorer, sets: Sets) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from cdpo.batch import Item
 from cdpo.config.schema import Trainer
 from cdpo.constraints.constraint import Constraint
 from cdpo.data.packing import Plan, Scored
@@ -75,13 +77,7 @@ class Run:
         self.item_weights = [
             sum(pair.weight for pair in item.pairs) if self.loss.unit == "pair" else 1.0 for item in items
         ]
-        self.plan = Plan(
-            sizes=[item.tokens for item in items],
-            batch_size=self.trainer.size(len(items)),
-            steps=self.trainer.steps(len(items)),
-            seed=spec.draw,
-            micro_batch=self.trainer.micro_batch,
-        )
+        self.plan = plan_of(self.trainer, items, spec.draw)
         if getattr(self.loss, "whole_steps", False):
             check_whole_steps(self.plan)
         warn_of_rescaling(self.optimizer_config, self.constraints)
@@ -102,6 +98,17 @@ class Run:
         step, last = self.state.step, self.plan.steps - 1
         baseline = self.state.baseline if self.reads_baseline else None
         return {"progress": step / last if step < last else 1.0, "baseline": baseline}
+
+
+def plan_of(trainer: Trainer, items: Sequence[Item], seed: int) -> Plan:
+    """Which of these Items each step sees."""
+    return Plan(
+        sizes=[item.tokens for item in items],
+        batch_size=trainer.size(len(items)),
+        steps=trainer.steps(len(items)),
+        seed=seed,
+        micro_batch=trainer.micro_batch,
+    )
 
 
 def trained_parameters(policy: Any) -> list[torch.nn.Parameter]:

@@ -29,6 +29,7 @@ RUNS = {
     "one_item_a_step": [*UNEVEN, "model=tabular", "trainer.batch_size=1"],  # rank 1 never has a micro-batch
     "tiny": [*TINY, "trainer.tokens_per_micro_batch=12"],  # several micro-batches per rank
     "lora": [*TINY, "constraint=lora_r4", "loss=bco"],
+    "few_seen": [*TINY, "dataset.prompts=40", "trainer.max_steps=2", "trainer.certificate_items=2"],
     "l2_ball": [*TINY, "constraint=[l2_ball,weight_decay]", "constraint.l2_ball.radius=0.01", "optimizer=sgd"],
     "frank_wolfe": [*TINY, "constraint=l2_ball", "constraint.l2_ball.radius=0.1", "optimizer=frank_wolfe",
                     "trainer.batch_size=null", "trainer.max_grad_norm=null"],
