@@ -30,6 +30,7 @@ from cdpo.config.help import help_text
 from cdpo.config.task import Task
 from cdpo.errors import CdpoError, ConfigError, DiskError, rank_0_says
 from cdpo.system.rendezvous import place
+from cdpo.system.threads import wait_in_turns
 
 SHOWN = (  # metrics in the table at the end of a run
     "objective/attained",
@@ -48,6 +49,7 @@ def main() -> None:
     Each error of cdpo.errors has its own. A sweep returns 1 if any of its runs failed. CDPO_DEBUG=1 shows tracebacks.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, and they are shown here in a few lines
+    wait_in_turns()
     try:
         if {"--help", "-h"} & set(sys.argv[1:]):
             print(help_text(sys.argv[1:]))
