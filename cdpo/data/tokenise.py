@@ -6,26 +6,18 @@ same text, tokenizer and limits are tokenised once.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from io import BytesIO
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from cdpo import __version__
-from cdpo.batch import Item, Pair
-from cdpo.data.rows import BadRow, Dataset, Ledger, Row, Tally
+from cdpo.batch import Item
+from cdpo.data.rows import BadRow, Dataset, Ledger, Row
+from cdpo.data.shared_items import Ids, decoded, encoded, key_of, slim
 from cdpo.errors import ConfigError, DataError
 from cdpo.system.cache import Entry
 
@@ -39,7 +31,6 @@ FEW = 100  # rows that are tokenised sooner than a file is found
 FORKED: list[bool] = []  # not empty in a forked process, which has lost the threads of its parent
 os.register_at_fork(after_in_child=lambda: FORKED.append(True))
 TURNS = {"user": "Human", "assistant": "Assistant", "system": "System"}
-Ids = list[int]
 
 
 def tokenise(
@@ -59,13 +50,13 @@ def tokenise(
     """
     if shared is None or len(rows) < FEW or getattr(tokenizer, "backend_tokenizer", None) is None:
         return _tokenised(rows, tokenizer, limits, pause)
-    entry = Entry(shared, _key(rows, tokenizer, limits))
+    entry = Entry(shared, key_of(rows, tokenizer, limits))
     with entry.claimed(lambda done: pause()) as found:
         if found is None:
             items, ledger = _tokenised(rows, tokenizer, limits, pause)
-            entry.keep(_encoded(items, ledger))
+            entry.keep(encoded(items, ledger))
             return items, ledger
-    items, ledger = _decoded(found)
+    items, ledger = decoded(found)
     judge(ledger, limits)  # what a person is told of the rows does not depend on who tokenised them
     return items, ledger
 
@@ -237,12 +228,6 @@ class _Tokeniser:
         return text
 
 
-def slim() -> Callable[[Ids], Ids]:
-    """Gives a list of token ids as one in which equal ids are one object: 8 bytes a token, not 36."""
-    known: dict[int, int] = {}
-    return lambda ids: [known.setdefault(i, i) for i in ids]
-
-
 @contextmanager
 def on_all_cores() -> Iterator[None]:
     """Within the block the tokenizers library uses all cores, which it must not in a forked process."""
@@ -266,42 +251,3 @@ def lengths(items: list[Item]) -> dict[str, float]:
         if counts:
             found |= {f"{name}_mean": sum(counts) / len(counts), f"{name}_max": max(counts)}
     return found
-
-
-# ------------------------------------------------------------------------------------------ Items that runs share
-
-
-def _key(rows: list[Row], tokenizer: Any, limits: Dataset) -> dict[str, Any]:
-    import transformers
-
-    text = hashlib.sha256()
-    for row in rows:
-        text.update(json.dumps([*vars(row).values()]).encode())
-    kind = [type(tokenizer).__name__, tokenizer.name_or_path, tokenizer.chat_template, tokenizer.special_tokens_map]
-    spelt = json.dumps([*kind, tokenizer.backend_tokenizer.to_str()], default=str)
-    return {
-        "rows": text.hexdigest(),
-        "tokenizer": hashlib.sha256(spelt.encode()).hexdigest(),
-        "limits": {name: getattr(limits, name) for name in Dataset.__dataclass_fields__},
-        "versions": [__version__, transformers.__version__],
-    }
-
-
-def _encoded(items: list[Item], ledger: Ledger) -> Tensor:
-    """Lines of strict JSON, the ledger and then an Item each, as bytes. [n]"""
-    plain = ([item.prompt, item.responses, item.pairs, item.rewards, item.source, item.base] for item in items)
-    content = bytearray()
-    for one in chain([asdict(ledger)], plain):
-        content += json.dumps(one, allow_nan=False, separators=(",", ":")).encode() + b"\n"
-    return torch.frombuffer(content, dtype=torch.uint8)
-
-
-def _decoded(values: Tensor) -> tuple[list[Item], Ledger]:
-    lines = map(json.loads, BytesIO(values.numpy().data))
-    ledger, slimmed, items = next(lines), slim(), []
-    for prompt, responses, pairs, rewards, source, base in lines:
-        tokens = slimmed(prompt), [slimmed(response) for response in responses]
-        items.append(Item(*tokens, [Pair(*pair) for pair in pairs], rewards, source, base=base))
-    for part in ("dropped", "notes"):
-        ledger[part] = {kind: Tally(**tally) for kind, tally in ledger[part].items()}
-    return items, Ledger(**ledger)

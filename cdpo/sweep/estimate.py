@@ -19,8 +19,9 @@ from cdpo.system.progress import console
 from cdpo.training.checks import checked
 from cdpo.training.directory import RunDirectory
 from cdpo.training.job import quiet_libraries
-from cdpo.training.prepare import Sets, sets_of, tokenised
+from cdpo.training.prepare import sets_of, tokenised
 from cdpo.training.run import check_sizes
+from cdpo.training.scored import Sets
 
 DATA = ("dataset", "model", "loss", "seed")  # what decides on the Items of a run
 

@@ -6,7 +6,6 @@ Everything random is seeded here. Long work pauses where a signal may end it, an
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,6 @@ import torch
 
 from cdpo.batch import Item
 from cdpo.config.schema import Config, Trainer
-from cdpo.constraints.dropout import Dropout
 from cdpo.data.bradley_terry import add_fitted
 from cdpo.data.packing import Scored
 from cdpo.data.rows import Data, Ledger
@@ -24,17 +22,15 @@ from cdpo.data.tokenise import tokenise
 from cdpo.errors import ConfigError, DataError
 from cdpo.losses.candidates import OnCandidates
 from cdpo.model.layers import decoder_layers, has_layers, switch
-from cdpo.model.layout import choose_layout
 from cdpo.model.logps import Scorer, one_by_one
 from cdpo.model.memory import Probe, explained
-from cdpo.model.pretrained import check_lengths
-from cdpo.model.reference import ReferencePass, check_loaded, check_start
+from cdpo.model.reference import check_loaded, check_start
 from cdpo.system.files import read_json, write_json
 from cdpo.system.progress import Progress
 from cdpo.system.ranks import shard
 from cdpo.system.rng import seed_all
-from cdpo.training.certificate import sample
-from cdpo.training.run import Run, plan_of
+from cdpo.training.run import Run
+from cdpo.training.scored import Sets, asked, scored_with_reference
 from cdpo.training.session import Session
 
 log = logging.getLogger(__name__)
@@ -58,19 +54,6 @@ class Tokenised(NamedTuple):
         cut, kept = (sum(one.notes["cut_rows"].count for one in tokenised), sum(one.kept for one in tokenised))
         lost = sum(one.rows - one.kept for one in self.ledgers.values())
         return {"data/cut": cut / kept, "data/dropped": lost / read.rows}
-
-
-class Sets(NamedTuple):
-    """The Items of a run by what they are for."""
-
-    train: list[Item]
-    held_out: list[Item]
-    unused: list[Item]  # of no use for this loss: without a pair
-
-    def longest(self) -> int:
-        """Tokens of the longest sequence that a model must take."""
-        items = self.train + self.held_out + self.unused
-        return max(len(item.prompt) + len(response) - 1 for item in items for response in item.responses)
 
 
 class Ready(NamedTuple):
@@ -217,7 +200,7 @@ def compiled(session: Session, scorer: Scorer, scored: Scored) -> bool:
 def _whole(session: Session, policy: Any, sets: Sets) -> tuple[Scorer, list[Scored], str]:
     """The policy under its constraints, and the Items with what it said before any of them: the reference."""
     scorer = Scorer(policy.to(session.device))
-    scored, source = _scored(session, scorer, sets)
+    scored, source = scored_with_reference(session, scorer, sets)
     scorer.model = constrained(scorer.model, session.spec)
     with torch.no_grad(), session.autocast():
         difference = check_start(scorer, scored[0])
@@ -237,7 +220,7 @@ def _sharded(session: Session, policy: Any, sets: Sets) -> tuple[Scorer, list[Sc
     scorer = Scorer(constrained(policy, session.spec))
     adapters = {p for name, p in scorer.named_parameters() if "lora_" in name}  # small: whole on every rank, as in ddp
     shard(scorer, decoder_layers(scorer, "trainer.distributed=fsdp needs; use ddp"), adapters, session.device)
-    scored, source = _scored(session, scorer, sets)
+    scored, source = scored_with_reference(session, scorer, sets)
     with session.autocast():
         check_loaded(scorer, witness, before, scored[0])
     return scorer, scored, source
@@ -249,63 +232,3 @@ def constrained(policy: Any, spec: Config) -> Any:
     for constraint in spec.constraint.values():
         policy = constraint.wrap(policy)
     return policy
-
-
-def asked(spec: Config, train: list[Item]) -> list[int]:
-    """The Items whose reference is asked for, as indices: all; or those that the run sees, if fewer than half.
-
-    So runs that see most of the data ask for the same, whatever their seed, and find what others computed.
-    """
-    plan = plan_of(spec.trainer, train, spec.draw)
-    seen = plan.visited() | set(sample(len(train), spec.trainer.certificate_items, plan.seed))
-    return sorted(seen) if 2 * len(seen) < len(train) else list(range(len(train)))
-
-
-def _scored(session: Session, scorer: Scorer, sets: Sets) -> tuple[list[Scored], str]:
-    """The Items to train on and to hold out with the log-probs of the reference, and where these are from.
-
-    Where all are asked for, what this loss has no use for is too: so every loss asks for the same Items.
-    """
-    check_lengths(scorer.model, sets.longest())
-    chosen = asked(session.spec, sets.train)
-    few = len(chosen) < len(sets.train)
-    items = [sets.train[i] for i in chosen] + sets.held_out + ([] if few else sets.unused)
-    whole = Scored(items, _padded(session, scorer, sets), session.device)
-    source = _ask(session, scorer, whole)
-    if few:
-        log.info("reference: not of %d Items that this run does not see", len(sets.train) - len(chosen))
-    n, m = len(chosen), len(chosen) + len(sets.held_out)
-    found = dict(zip(chosen, whole.reference[:n]))
-    parts = (
-        (sets.train, [found.get(i) for i in range(len(sets.train))]),
-        (sets.held_out, whole.reference[n:m]),
-    )
-    return [Scored(some, whole.padded, session.device, reference) for some, reference in parts], source
-
-
-def _ask(session: Session, scorer: Scorer, whole: Scored) -> str:
-    """Fill in the reference, from where it is found soonest; returns from where."""
-    began, count = time.monotonic(), len(whole.items)
-    with Progress(count, 0, "reference", quiet=not session.ranks.first) as bar, session.autocast():
-
-        def tell(done: int) -> None:
-            session.pause()
-            bar.update(done)
-
-        # with the config's micro-batches: the reference is one for all constraints, however much room they leave
-        own, shared = session.directory.reference, session.cache("reference")
-        micro_batch = session.spec.trainer.micro_batch
-        source = ReferencePass(micro_batch, own, shared, session.ranks, tell).fill(scorer, whole)
-    log.info("reference: %s (%d Items, %.1f s)", source, count, time.monotonic() - began)
-    return source
-
-
-def _padded(session: Session, scorer: Scorer, sets: Sets) -> bool:
-    """Whether the model is given padded rows; the log says why."""
-    padded, reason = choose_layout(scorer, sets.train, getattr(session.spec.model, "attention", "trees"))
-    noisy = any(isinstance(constraint, Dropout) for constraint in session.spec.constraint.values())
-    if noisy and not padded and session.device.type == "cuda":
-        padded, reason = True, "dropout, which packed attention on CUDA does not have"
-        scorer.model.set_attn_implementation("sdpa")
-    log.info("layout: %s", f"padded rows ({reason})" if padded else "packed prompt trees")
-    return padded

@@ -18,8 +18,9 @@ from tokenizers import AddedToken
 from cdpo.batch import Pair
 from cdpo.data.bandit import Bandit
 from cdpo.data.rows import Dataset, Ledger
+from cdpo.data.shared_items import decoded, encoded
 from cdpo.data.sources import Jsonl
-from cdpo.data.tokenise import CHUNK, _decoded, _encoded, tokenise
+from cdpo.data.tokenise import CHUNK, tokenise
 from cdpo.errors import ConfigError, DataError
 
 
@@ -255,7 +256,7 @@ def test_equal_ids_are_one_object(tokenizer):
     """Python makes an object of every number above 256; the rows of the second call come out of a folder."""
     rows = [row(" ".join(f"word{i}" for i in range(40)), f" {k}") for k in range(3)]
     items, _ = tokenise(rows, tokenizer, Dataset())
-    again, _ = _decoded(_encoded(items, Ledger()))
+    again, _ = decoded(encoded(items, Ledger()))
     assert again == items
     for found in (items, again):
         one, *others = (item.prompt for item in found)

@@ -11,10 +11,10 @@ from run_files import weights
 from safetensors.torch import load_file
 
 from cdpo.batch import Item, Pair
-from cdpo.training import loop, prepare
+from cdpo.training import loop, scored
 from cdpo.training.certificate import sample
 from cdpo.training.checks import checked
-from cdpo.training.prepare import asked
+from cdpo.training.scored import asked
 
 FEW = ("model.hidden_size=16", "model.heads=2", "model.dtype=float64", "logger=none", "trainer.threads=1",
        "trainer.batch_size=4", "trainer.max_steps=3", "trainer.certificate_items=5", "dataset=jsonl",
@@ -58,7 +58,7 @@ def test_the_numbers_are_those_of_a_run_that_asks_about_all(config, tmp_path, mo
     caplog.set_level("INFO")
     few = train(config(), tmp_path / "few")
     assert "not of 7" in caplog.text
-    monkeypatch.setattr(prepare, "asked", lambda spec, train: list(range(len(train))))
+    monkeypatch.setattr(scored, "asked", lambda spec, train: list(range(len(train))))
     every = train(config(), tmp_path / "all")
     assert len(reference_of(tmp_path / "few")) < len(reference_of(tmp_path / "all")) / 2
     assert few["certificate"]["residual"] == pytest.approx(every["certificate"]["residual"], rel=1e-9)
