@@ -197,6 +197,11 @@ class Plan:
         """Optimizer steps in one pass over the Items."""
         return -(-len(self.sizes) // self.batch_size)
 
+    def largest_step(self) -> int:
+        """Tokens of the largest step of the first epoch."""
+        steps = range(min(self.steps, self.steps_per_epoch))
+        return max(sum(self.sizes[i] for i in self.step_items(step)) for step in steps)
+
     def visited(self) -> set[int]:
         """The Items that some step sees, as indices."""
         if self.steps >= self.steps_per_epoch:

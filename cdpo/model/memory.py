@@ -48,13 +48,15 @@ def persistent_bytes(policy: Any, states: int) -> int:
     return weights + (1 + states) * trained + start
 
 
-def tokens_that_fit(taken: Callable[[int], float], free: float, start: int = LEAST) -> tuple[int, float]:
-    """The largest micro-batch that takes its share of the free bytes: `start` tokens, doubled up to MOST; its bytes.
+def tokens_that_fit(
+    taken: Callable[[int], float], free: float, start: int = LEAST, most_tokens: int = MOST
+) -> tuple[int, float]:
+    """The largest micro-batch that takes its share of the free bytes: `start` tokens, doubled up to a most; its bytes.
 
     Twice as many are tried only where twice the bytes are free: so growth in proportion never runs out of memory.
     """
     tokens, most = start, taken(start)
-    while tokens < MOST and 2 * most <= free and (more := taken(2 * tokens)) <= SHARE * free:
+    while tokens < most_tokens and 2 * most <= free and (more := taken(2 * tokens)) <= SHARE * free:
         tokens, most = 2 * tokens, more
     return tokens, most
 
@@ -67,6 +69,7 @@ class Probe:
     scored: Scored
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     ranks: Ranks = field(default_factory=Ranks)
+    most: int = MOST  # tokens, beyond which none are tried: no step has more
 
     def tokens(self, states: int) -> int:
         """Tokens of a micro-batch for which every rank has room, beside `states` numbers for each that is trained."""
@@ -74,7 +77,7 @@ class Probe:
         with self._untouched():
             self.taken(start)  # from here on there are gradients, and what torch makes once
             free = min(self.ranks.all_gather(free_bytes(self.scored.device) - bytes_to_come(self.scorer, states)))
-            tokens, taken = tokens_that_fit(self.taken, free, start)
+            tokens, taken = tokens_that_fit(self.taken, free, start, min(self.most, MOST))
         told = (tokens, taken / 2**30, taken / tokens / 1e3, free / 2**30)
         log.info("measured: %d tokens take %.3g GiB, %.3g kB a token, where %.3g GiB are free", *told)
         if taken > SHARE * free:

@@ -29,7 +29,7 @@ from cdpo.system.files import read_json, write_json
 from cdpo.system.progress import Progress
 from cdpo.system.ranks import shard
 from cdpo.system.rng import seed_all
-from cdpo.training.run import Run
+from cdpo.training.run import Run, plan_of
 from cdpo.training.scored import Sets, asked, scored_with_reference
 from cdpo.training.session import Session
 
@@ -179,7 +179,8 @@ def sized(session: Session, scorer: Scorer, scored: Scored) -> Trainer:
         return spec.trainer
     tokens = ranks.from_first(lambda: read_json(file)["tokens"] if file.is_file() else None)
     if tokens is None:
-        tokens = Probe(scorer, scored, session.autocast, ranks).tokens(spec.optimizer.states)
+        most = plan_of(spec.trainer, scored.items, spec.draw).largest_step()
+        tokens = Probe(scorer, scored, session.autocast, ranks, most).tokens(spec.optimizer.states)
         ranks.from_first(lambda: write_json(file, {"tokens": tokens}))
     log.info("micro-batches of at most %d tokens, by the GPU's memory", tokens)
     return replace(spec.trainer, tokens_per_micro_batch=tokens)

@@ -193,7 +193,7 @@ def test_a_sharded_rank_without_memory_ends(gpu):
 
 
 def sized(folder, trainer=None, device="cuda"):
-    spec = SimpleNamespace(trainer=trainer or Trainer(), optimizer=SimpleNamespace(states=0))
+    spec = SimpleNamespace(trainer=trainer or Trainer(batch_size=None), optimizer=SimpleNamespace(states=0), draw=0)
     directory = RunDirectory(folder)
     session = SimpleNamespace(
         spec=spec, ranks=Ranks(), device=torch.device(device), directory=directory, autocast=nullcontext
@@ -214,6 +214,12 @@ def test_a_gpu_decides_where_no_number_is_set_and_once(tmp_path, gpu):
     assert not gpu.passes
     (tmp_path / "micro_batch.json").unlink()
     assert sized(tmp_path) == memory.LEAST
+    (tmp_path / "micro_batch.json").unlink()
+    gpu.at_most = math.inf
+    assert sized(tmp_path, Trainer(batch_size=4)) == 256  # a step of four Items has no more
+    (tmp_path / "micro_batch.json").unlink()
+    assert sized(tmp_path, Trainer(batch_size=5)) == 512  # 320 tokens
+    assert max(gpu.passes) == 512
     assert (Trainer().micro_batch, Trainer(tokens_per_micro_batch=777).micro_batch) == (MICRO_BATCH, 777)
 
 
