@@ -15,7 +15,7 @@ NOT_IN_DIGEST = (
     "name", "output_root", "cache_dir", "logger", "dry_run",
     "trainer.log_every", "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.distributed",
 )  # fmt: skip
-MICRO_BATCH_KEY = "trainer.tokens_per_micro_batch"
+NULL = {"trainer.tokens_per_micro_batch": MICRO_BATCH, "trainer.compile": False}  # what null stands for, but on a GPU
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -30,8 +30,7 @@ def trajectory(composed: Mapping[str, Any]) -> dict[str, Any]:
     """What determines the numbers of a run: every key but the free ones, dotted."""
     keys = flat({k: v for k, v in composed.items() if k != "hydra"})
     keys["constraint"] = list(composed["constraint"])  # several act one after another: their order counts
-    if keys.get(MICRO_BATCH_KEY, MICRO_BATCH) is None:
-        keys[MICRO_BATCH_KEY] = MICRO_BATCH  # which it is, but on a GPU
+    keys |= {key: value for key, value in NULL.items() if key in keys and keys[key] is None}
     return {k: v for k, v in keys.items() if not any(k == free or k.startswith(f"{free}.") for free in NOT_IN_DIGEST)}
 
 

@@ -35,6 +35,7 @@ def key_of(rows: list[Row], tokenizer: Any, limits: Dataset) -> dict[str, Any]:
     kind = [type(tokenizer).__name__, tokenizer.name_or_path, tokenizer.chat_template, tokenizer.special_tokens_map]
     spelt = json.dumps([*kind, tokenizer.backend_tokenizer.to_str()], default=str)
     return {
+        "format": 2,  # of `encoded`
         "rows": text.hexdigest(),
         "tokenizer": hashlib.sha256(spelt.encode()).hexdigest(),
         "limits": {name: getattr(limits, name) for name in Dataset.__dataclass_fields__},

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 WINDOW = 64  # characters on each side of the boundary that can change its tokens
 CHUNK = 512  # rows between two calls of `pause`
 FEW = 100  # rows that are tokenised sooner than a file is found
+NOT_PARALLEL = "off"  # as cdpo spells it, so that a user's "false" can be told from it
 FORKED: list[bool] = []  # not empty in a forked process, which has lost the threads of its parent
 os.register_at_fork(after_in_child=lambda: FORKED.append(True))
 TURNS = {"user": "Human", "assistant": "Assistant", "system": "System"}
@@ -230,13 +231,15 @@ class _Tokeniser:
 
 @contextmanager
 def on_all_cores() -> Iterator[None]:
-    """Within the block the tokenizers library uses all cores, which it must not in a forked process."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM", "false")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false" if FORKED else "true"
-    try:
+    """Within the block the tokenizers library uses all cores, unless the user chose, or the process was forked."""
+    if os.environ.get("TOKENIZERS_PARALLELISM", NOT_PARALLEL) == NOT_PARALLEL and not FORKED:
+        os.environ["TOKENIZERS_PARALLELISM"] = "true"
+        try:
+            yield
+        finally:
+            os.environ["TOKENIZERS_PARALLELISM"] = NOT_PARALLEL
+    else:
         yield
-    finally:
-        os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 def lengths(items: list[Item]) -> dict[str, float]:

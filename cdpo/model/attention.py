@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from cdpo.system.signals import withheld
+from cdpo.system.threads import start_compile_workers
 
 if TYPE_CHECKING:
     from cdpo.batch import Batch
@@ -127,14 +127,6 @@ def _flex() -> Any:
 def _compiled(flex_attention: Any) -> Any:
     start_compile_workers()
     return torch.compile(flex_attention, dynamic=True)
-
-
-def start_compile_workers() -> None:
-    """Before the first compilation: a signal to the whole process group would end them, and torch waits for ever."""
-    with withheld():
-        from torch._inductor.async_compile import AsyncCompile
-
-        AsyncCompile.warm_pool()
 
 
 def tree_attention(

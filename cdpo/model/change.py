@@ -84,7 +84,7 @@ def _distances(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
 
 
 def _product_norms(layers: Sequence[Any]) -> list[Tensor]:
-    """||scaling B A|| of adapted layers by tr(B'B A A'), in float64: alike layers at once, and nothing larger than B.
+    """||scaling B A|| of adapted layers by tr(B'B A A'): alike layers at once, from copies of their factors in float64.
 
     Its rounding is below 1e-7 of ||B|| ||A||. The norm of a DoRA layer, no plain product, is that of its change.
     """

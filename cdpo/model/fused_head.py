@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._triton import has_triton
 
 from cdpo.model.logits import LogitTransform
+from cdpo.system.threads import start_compile_workers
 
 CHUNK = 1 << 28  # bytes of logits that are alive at most, as they leave the matrix product
 ALIGNED = 128  # slices begin and end at multiples, else tensor cores lie idle
@@ -30,20 +32,21 @@ class Seen(NamedTuple):
 class FusedLogProbs(torch.autograd.Function):
     """z = transform(h W' + b), [N, vocabulary]; log softmax(z)[n, target[n]], entropy and mean logit of N rows. 3 x [N]
 
-    Float32 or better between the products. Backward goes through once; entropy and mean logit have no gradient, and
-    are zero unless there are `statistics`.
+    Float32 or better between the products. Entropy and mean logit have no gradient, and no meaning unless there are
+    `statistics`. `backward` says whether there will be a backward pass; it goes through once.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
-        transform: LogitTransform, statistics: bool, dtype: torch.dtype,
+        transform: LogitTransform, statistics: bool, dtype: torch.dtype, backward: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         h, absorb = hidden.to(dtype), _kernels(hidden.is_cuda)[0]
         top, *zeros = h.new_zeros(5, len(h), dtype=torch.promote_types(dtype, torch.float32))
         seen = Seen(top - torch.inf, *zeros)
         trained = any(ctx.needs_input_grad[1:3])
-        mean = None if trained or transform.cap else top.new_zeros(h.shape)  # the expected row of a frozen weight
+        frozen = backward and not trained and transform.cap is None
+        mean = top.new_zeros(h.shape) if frozen else None  # the expected row of a frozen weight
         for a, b in slices(len(h), weight, dtype):
             w = weight[a:b].to(dtype)
             e, seen, rescale = absorb(_logits(h, w, bias, a), seen, target - a, transform, statistics)
@@ -63,7 +66,7 @@ class FusedLogProbs(torch.autograd.Function):
         if expected is not None:
             own = weight[target].to(ctx.dtype)  # as the products saw it
             d_hidden = (own - expected) * (ctx.transform.scale * gradient)[:, None]
-            return d_hidden.to(hidden.dtype), None, None, None, None, None, None
+            return d_hidden.to(hidden.dtype), *(None,) * 7
         h, slope = hidden.to(ctx.dtype), _kernels(hidden.is_cuda)[1]
         d_hidden = logsum.new_zeros(hidden.shape) if ctx.needs_input_grad[0] else None
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
@@ -77,7 +80,7 @@ class FusedLogProbs(torch.autograd.Function):
                 d_weight[a:b] = dz.T @ h
             if d_bias is not None:
                 d_bias[a:b] = dz.sum(0, dtype=logsum.dtype)
-        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, None, None, None, None
+        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, *(None,) * 5
 
 
 def slices(rows: int, weight: Tensor, dtype: torch.dtype) -> list[tuple[int, int]]:
@@ -94,7 +97,11 @@ def _logits(h: Tensor, w: Tensor, bias: Tensor | None, a: int) -> Tensor:
 
 
 @lru_cache(maxsize=2)
-def _kernels(compiled: bool) -> tuple[Any, Any]:
+def _kernels(on_gpu: bool) -> tuple[Any, Any]:
+    """`_absorb` and `_slope`, compiled where that is possible."""
+    compiled = on_gpu and has_triton()
+    if compiled:
+        start_compile_workers()
     return tuple(torch.compile(f, dynamic=True) if compiled else f for f in (_absorb, _slope))  # type: ignore[return-value]
 
 

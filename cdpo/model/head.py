@@ -173,21 +173,21 @@ class LeanHead(NamedTuple):
         backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
         with torch.autocast(device, enabled=False):
             if device in FUSED:
-                return self._fused(hidden, position, target, statistics, dtype)
+                rows = hidden[position]  # one for each token
+                last = (self.transform, statistics, dtype, backward)
+                return _at_positions(
+                    FusedLogProbs.apply(rows, weight, bias, target, *last), position, len(hidden), statistics
+                )
             found = _LogProbs.apply(hidden, weight, bias, position, target, self.transform, statistics, dtype, backward)
         return TokenLogps(*found)
 
-    def _fused(
-        self, hidden: Tensor, position: Tensor, target: Tensor, statistics: bool, dtype: torch.dtype
-    ) -> TokenLogps:
-        """The same by `fused_head`, for GPUs."""
-        linear = self.linear
-        rows = hidden[position]  # one for each token
-        found = FusedLogProbs.apply(rows, linear.weight, linear.bias, target, self.transform, statistics, dtype)
-        if not statistics:
-            return TokenLogps(found[0], None, None)
-        one = position.new_empty(len(hidden)).scatter_(0, position, torch.arange(len(position), device=position.device))
-        return TokenLogps(found[0], found[1][one], found[2][one])
+
+def _at_positions(found: tuple[Tensor, ...], position: Tensor, count: int, statistics: bool) -> TokenLogps:
+    """What `fused_head` found for each token; the statistics once for each of `count` positions."""
+    if not statistics:
+        return TokenLogps(found[0], None, None)
+    one = position.new_empty(count).scatter_(0, position, torch.arange(len(position), device=position.device))
+    return TokenLogps(found[0], found[1][one], found[2][one])
 
 
 def transform_of(probed: Tensor, cap: float | None) -> LogitTransform | None:

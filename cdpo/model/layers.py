@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from cdpo.config.schema import Trainer
 from cdpo.errors import ConfigError
-from cdpo.model.attention import register_for_compiled_layers, start_compile_workers
+from cdpo.model.attention import register_for_compiled_layers
+from cdpo.system.threads import start_compile_workers
 
 
 def has_layers(model: nn.Module) -> bool:
@@ -59,19 +60,22 @@ def switch(policy: Any, trainer: Trainer) -> None:
 def round_frozen(policy: Any) -> None:
     """Keep in bfloat16 what autocast would turn into it in every pass: the frozen matrices under adapters.
 
-    No number changes. Not where they are wanted in full: shared with an embedding, normed by DoRA, or saved with the
-    adapter, as a base that nobody else has.
+    No number changes. Not where they are wanted in full: in float64, which autocast leaves alone, shared with an
+    embedding, normed by DoRA, or saved with the adapter, as a base that nobody else has.
     """
     adapters = [module for module in policy.modules() if isinstance(module, LoraLayer)]
     base = policy.get_base_model() if adapters else None
     if base is None or not base.config.name_or_path or any(layer.lora_magnitude_vector for layer in adapters):
         return
     for layer in adapters:
-        layer.cast_input_dtype_enabled = False  # to the factors' float32, and from there to bfloat16
+        if all(
+            isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values()
+        ):  # which sees the difference
+            layer.cast_input_dtype_enabled = False  # to the factors' float32, and from there to bfloat16
     embedding = base.get_input_embeddings().weight
     for module in policy.modules():
         own = [*module.parameters(recurse=False)] if isinstance(module, (nn.Linear, Conv1D)) else []
-        if own and not any(p is embedding or p.requires_grad for p in own):
+        if own and all(p.dtype == torch.float32 and not p.requires_grad and p is not embedding for p in own):
             module.to(torch.bfloat16)
 
 

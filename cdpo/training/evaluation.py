@@ -155,9 +155,9 @@ def sample(run: Run) -> Samples | None:
     if not trainer.samples or not scored.items:
         return None
     seed, items = run.plan.seed * 1_000_003 + run.state.step, []
-    for item in generations(run.scorer, scored, trainer.samples, trainer.sample_tokens, seed):
-        items.append(item)
-        run.session.pause()
-    samples = Scored(items, scored.padded, scored.device)
     with run.autocast():
+        for item in generations(run.scorer, scored, trainer.samples, trainer.sample_tokens, seed):
+            items.append(item)
+            run.session.pause()
+        samples = Scored(items, scored.padded, scored.device)
         return Samples(items, sampled_kl(run.scorer, run.change, samples, trainer.micro_batch))

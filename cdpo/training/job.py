@@ -17,6 +17,7 @@ import torch
 
 from cdpo.config.task import Task
 from cdpo.data.rows import Data
+from cdpo.data.tokenise import NOT_PARALLEL
 from cdpo.errors import ConfigError
 from cdpo.model.export import export
 from cdpo.model.memory import explained
@@ -66,7 +67,7 @@ def quiet_libraries() -> None:
     """Their progress bars and notices of deprecation are not for our users; warnings of cdpo itself are."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", NOT_PARALLEL)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

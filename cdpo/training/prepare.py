@@ -170,19 +170,21 @@ def _fitted(items: list[Item], ridge: float, pause: Callable[[], None]) -> list[
 
 
 def sized(session: Session, scorer: Scorer, scored: Scored) -> Trainer:
-    """The trainer with micro-batches for which the GPU has room; elsewhere, and where a number is set, as it is.
+    """The trainer with micro-batches as they are set, or for which the GPU has room; on a CPU as it is.
 
-    The same on all ranks and, by micro_batch.json, after a resume.
+    The same on all ranks and, by micro_batch.json, after a resume, whatever is set by then.
     """
     spec, ranks, file = session.spec, session.ranks, session.directory.micro_batch
-    if spec.trainer.tokens_per_micro_batch or session.device.type != "cuda":
+    if session.device.type != "cuda":
         return spec.trainer
-    tokens = ranks.from_first(lambda: read_json(file)["tokens"] if file.is_file() else None)
+    known = ranks.from_first(lambda: read_json(file)["tokens"] if file.is_file() else None)
+    tokens = known or spec.trainer.tokens_per_micro_batch
     if tokens is None:
         most = plan_of(spec.trainer, scored.items, spec.draw).largest_step()
         tokens = Probe(scorer, scored, session.autocast, ranks, most).tokens(spec.optimizer.states)
+    if known is None:
         ranks.from_first(lambda: write_json(file, {"tokens": tokens}))
-    log.info("micro-batches of at most %d tokens, by the GPU's memory", tokens)
+    log.info("micro-batches of at most %d tokens", tokens)
     return replace(spec.trainer, tokens_per_micro_batch=tokens)
 
 

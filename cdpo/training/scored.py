@@ -36,13 +36,14 @@ class Sets(NamedTuple):
 
 
 def asked(spec: Config, train: list[Item]) -> list[int]:
-    """The Items whose reference is asked for, as indices: all; or those that the run sees, if fewer than half.
+    """The Items whose reference is asked for, as indices: all; or those that the run sees, if fewer than a quarter.
 
-    So runs that see most of the data ask for the same, whatever their seed, and find what others computed.
+    So runs that see more ask for the same, whatever their seed, and find what others computed; those that see less ask
+    for what their own seed draws.
     """
     plan = plan_of(spec.trainer, train, spec.draw)
     seen = plan.visited() | set(sample(len(train), spec.trainer.certificate_items, plan.seed))
-    return sorted(seen) if 2 * len(seen) < len(train) else list(range(len(train)))
+    return sorted(seen) if 4 * len(seen) < len(train) else list(range(len(train)))
 
 
 def scored_with_reference(session: Session, scorer: Scorer, sets: Sets) -> tuple[list[Scored], str]:

@@ -8,7 +8,6 @@ HEAD = (
     "case", "side", "pairs/s", "s per step (least to most)", "warm-up", "GB", "floors", "MFU", "cdpo is faster",
     "cdpo's memory",
 )  # fmt: skip
-NOTE = "One side ran after the other, each first warmed up until its steps were steady and nothing compiled."
 NAMES = {"apart": "cdpo, no sharing", "best": "TRL", "checkpointed": "TRL, checkpoints"}
 
 

@@ -125,10 +125,12 @@ def test_nested_losses_are_built():
 def test_the_name_of_a_run_depends_on_what_determines_its_numbers_only():
     one = composed("loss=dpo", "seed=1")
     assert digest(one) == digest(dict(reversed(one.items())))
-    for free in ("logger=none", "output_root=elsewhere", "trainer.log_every=7", "name=other"):
+    same = ("trainer.compile=false", "trainer.tokens_per_micro_batch=4096")  # as null is on a CPU
+    for free in ("logger=none", "output_root=elsewhere", "trainer.log_every=7", "name=other", *same):
         assert digest(composed("loss=dpo", "seed=1", free)) == digest(one)
     trained = ("seed=2", "loss.beta=0.2", "constraint=l2_ball", "trainer.batch_size=8", "dataset.prompts=3",
-               "model.hidden_size=64", "optimizer.learning_rate=1e-4", "trainer.tokens_per_micro_batch=64")  # fmt: skip
+               "model.hidden_size=64", "optimizer.learning_rate=1e-4", "trainer.tokens_per_micro_batch=64",
+               "trainer.compile=true")  # fmt: skip
     others = {digest(composed("loss=dpo", "seed=1", key)) for key in trained if "seed=2" not in key}
     others.add(digest(composed("loss=dpo", "seed=2")))
     assert len(others - {digest(one)}) == len(trained)

@@ -20,7 +20,7 @@ from cdpo.data.bandit import Bandit
 from cdpo.data.rows import Dataset, Ledger
 from cdpo.data.shared_items import decoded, encoded
 from cdpo.data.sources import Jsonl
-from cdpo.data.tokenise import CHUNK, tokenise
+from cdpo.data.tokenise import CHUNK, on_all_cores, tokenise
 from cdpo.errors import ConfigError, DataError
 
 
@@ -276,3 +276,13 @@ def test_a_forked_process_tokenises_without_its_parents_threads(tokenizer):
     if found == (0, 0):
         os.kill(child, signal.SIGKILL)
     assert found == (child, 0)
+
+
+@pytest.mark.parametrize(("chosen", "within"), [(None, "true"), ("off", "true"), ("false", "false"), ("true", "true")])
+def test_a_users_choice_of_cores_stays(chosen, within, tokenizer, monkeypatch):
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    if chosen:
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", chosen)
+    with on_all_cores():
+        assert os.environ["TOKENIZERS_PARALLELISM"] == within
+    assert os.environ["TOKENIZERS_PARALLELISM"] == (chosen or "off")

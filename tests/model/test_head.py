@@ -104,6 +104,16 @@ def test_gradcheck(shape, chunk, frozen, monkeypatch):
     assert torch.autograd.gradcheck(token, leaves, nondet_tol=1e-12)  # a second pass computes again what the first kept
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_without_a_backward_pass_there_is_one_product(frozen):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    hidden, linear, _ = parts(frozen=frozen)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        LeanHead(linear).logps(hidden, torch.arange(M), TARGET[:M])
+    assert counter.get_total_flops() == 2 * M * WIDTH * V
+
+
 def test_huge_and_impossible_logits_stay_finite():
     hidden, linear, _ = parts(bias=True)
     with torch.no_grad():

@@ -203,14 +203,17 @@ def sized(folder, trainer=None, device="cuda"):
 
 def test_a_gpu_decides_where_no_number_is_set_and_once(tmp_path, gpu):
     assert sized(tmp_path, device="cpu") is None
-    assert sized(tmp_path, Trainer(tokens_per_micro_batch=777)) == 777
     assert not list(tmp_path.iterdir())
+    assert sized(tmp_path, Trainer(tokens_per_micro_batch=777)) == 777
+    assert sized(tmp_path) == 777  # a resume, as the file is there
     assert not gpu.passes
+    (tmp_path / "micro_batch.json").unlink()
     gpu.at_most = 3000
     assert sized(tmp_path) == 2048
     gpu.passes.clear()
     gpu.at_most = 0
-    assert sized(tmp_path) == 2048  # a resume, as the file is there
+    assert sized(tmp_path) == 2048
+    assert sized(tmp_path, Trainer(tokens_per_micro_batch=4096)) == 2048  # the same run by its digest
     assert not gpu.passes
     (tmp_path / "micro_batch.json").unlink()
     assert sized(tmp_path) == memory.LEAST

@@ -16,10 +16,10 @@ from cdpo.model.layers import switch
 AUTOCAST = Trainer(autocast=True)
 
 
-def adapted(folder, **options):
+def adapted(folder, dtype="float32", **options):
     """A policy whose adapters have left zero."""
     torch.manual_seed(0)
-    policy = LoRA(rank=2, **options).wrap(load(folder, "float32"))
+    policy = LoRA(rank=2, **options).wrap(load(folder, dtype))
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad and "lora_" in name:
             nn.init.normal_(parameter, std=0.1)
@@ -66,3 +66,20 @@ def test_weights_stay_whole_where_they_are_wanted_whole(folders, kept):
     others = {"no autocast": Trainer(), "fsdp": Trainer(autocast=True, distributed="fsdp")}
     switch(policy, others.get(kept, AUTOCAST))
     assert {weight.dtype for weight in frozen(policy)} == {torch.float32}
+
+
+def test_factors_with_dropout_see_what_they_saw(folders):
+    """A share of 1/(1 - p) is another one in bfloat16."""
+    policy = adapted(folders["llama"], dropout=0.5)
+    torch.manual_seed(1)
+    before = numbers(policy.train())
+    switch(policy, AUTOCAST)
+    torch.manual_seed(1)
+    for was, now in zip(before, numbers(policy), strict=True):
+        torch.testing.assert_close(now, was, rtol=0, atol=0)
+
+
+def test_autocast_leaves_float64_alone_and_so_do_we(folders):
+    policy = adapted(folders["llama"], "float64")
+    switch(policy, AUTOCAST)
+    assert {weight.dtype for weight in frozen(policy)} == {torch.float64}

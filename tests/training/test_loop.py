@@ -216,3 +216,13 @@ def test_a_run_trains_all_of_its_model(tmp_path, monkeypatch):
     monkeypatch.setattr(job, "fit", fitting)
     train(composed(*SMALL, "constraint=lora_r2", "trainer.max_steps=2"), tmp_path / "run")
     assert modes == [{True}, {True}]
+
+
+def test_samples_of_an_adapted_policy_under_autocast(folders, tmp_path):
+    """Whose frozen matrices are in bfloat16."""
+    path = jsonl(tmp_path / "rows.jsonl", 8)
+    settings = ("model=hf", f"model.name_or_path={folders['llama']}", "dataset=jsonl", f"dataset.path={path}",
+                "dataset.eval_size=2", "constraint=lora_r2", "trainer.autocast=true", "trainer.samples=2",
+                "trainer.sample_tokens=4", "trainer.max_steps=1", "logger=none")  # fmt: skip
+    found = train(composed(*settings), tmp_path / "run")["metrics"]
+    assert abs(found["eval/kl/sampled"]) < 1
