@@ -27,6 +27,7 @@ def slim() -> Callable[[Ids], Ids]:
 
 
 def key_of(rows: list[Row], tokenizer: Any, limits: Dataset) -> dict[str, Any]:
+    """All that the Items depend on: the rows' text, the tokenizer as it spells itself, limits, versions."""
     import transformers
 
     text = hashlib.sha256()
@@ -53,6 +54,7 @@ def encoded(items: list[Item], ledger: Ledger) -> Tensor:
 
 
 def decoded(values: Tensor) -> tuple[list[Item], Ledger]:
+    """What `encoded` was given. [n]"""
     lines = map(json.loads, BytesIO(values.numpy().data))
     ledger, slimmed, items = next(lines), slim(), []
     for prompt, responses, pairs, rewards, source, base in lines:

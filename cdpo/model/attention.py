@@ -148,14 +148,13 @@ def tree_attention(
     if trees is None or attention_mask is not None or refused or kwargs.get("sliding_window"):
         raise ValueError(f"packed trees do not support {refused or 'this attention'}")
     gqa = key.shape[1] != query.shape[1]
-    options: dict[str, Any]
+    options: dict[str, Any] = {"scale": scaling, "enable_gqa": gqa}
     if trees.block_mask is not None:
         if dropout:
             raise ValueError("attention dropout is not available for packed trees on CUDA; set model.attention=sdpa")
-        options = {"block_mask": trees.block_mask, "scale": scaling, "enable_gqa": gqa, "kernel_options": ORDINARY}
-        out = _flex()(query, key, value, **options)
+        out = _flex()(query, key, value, block_mask=trees.block_mask, kernel_options=ORDINARY, **options)
         return out.transpose(1, 2), None
-    options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": gqa}
+    options["dropout_p"] = dropout
     masks = trees.additive(query.dtype)
     if trees.even:  # [1, h, B * L, d] -> [B, h, L, d]: one call for all trees
         q, k, v = (x[0].unflatten(1, (len(trees.sizes), -1)).transpose(0, 1) for x in (query, key, value))

@@ -83,8 +83,13 @@ def _distances(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     return [torch.stack(parts).sum().sqrt() for parts in squares]
 
 
+def _product_square(tall: Tensor, wide: Tensor) -> Tensor:
+    """||B A||^2 by r x r products, of one pair of factors or of many. [..., out, r], [..., r, in] -> [...]"""
+    return ((tall.mT @ tall) * (wide @ wide.mT)).sum((-2, -1))
+
+
 def _product_norms(layers: Sequence[Any]) -> list[Tensor]:
-    """||scaling B A|| of adapted layers by tr(B'B A A'): alike layers at once, from copies of their factors in float64.
+    """||scaling B A|| of adapted layers: alike ones at once, from copies of their factors in float64.
 
     Its rounding is below 1e-7 of ||B|| ||A||. The norm of a DoRA layer, no plain product, is that of its change.
     """
@@ -97,7 +102,7 @@ def _product_norms(layers: Sequence[Any]) -> list[Tensor]:
             alike.setdefault(tuple(factor.shape for factor in factors(layer)), []).append(i)
     for group in alike.values():
         tall, wide = (torch.stack(factor).double() for factor in zip(*(factors(layers[i]) for i in group)))
-        square = ((tall.mT @ tall) * (wide @ wide.mT)).sum((1, 2)).clamp(min=0)
+        square = _product_square(tall, wide).clamp(min=0)
         scaling = square.new_tensor([layers[i].scaling[layers[i].active_adapters[0]] for i in group])
         for i, norm in zip(group, square.sqrt() * scaling.abs()):
             norms[i] = norm
@@ -180,9 +185,7 @@ class Change:
         """||theta - theta_0||^2, differentiable; of adapters by r x r products of their factors. []"""
         parts = [(parameter - start).square().sum() for _, parameter, start in self.plain()]
         for layer in self.adapted.values():
-            tall, wide = factors(layer)
-            square = ((tall.mT @ tall) * (wide @ wide.mT)).sum()
-            parts.append(layer.scaling[layer.active_adapters[0]] ** 2 * square)
+            parts.append(layer.scaling[layer.active_adapters[0]] ** 2 * _product_square(*factors(layer)))
         return torch.stack(parts).sum()
 
     def max_abs(self) -> float:

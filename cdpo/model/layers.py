@@ -17,14 +17,14 @@ from cdpo.model.attention import register_for_compiled_layers
 from cdpo.system.threads import start_compile_workers
 
 
-def has_layers(model: nn.Module) -> bool:
-    """Whether the model is a stack of layers."""
-    return any(isinstance(module, nn.ModuleList) for module in model.modules())
+def stacks_of(model: nn.Module) -> list[nn.ModuleList]:
+    """Every list of modules in the model; its decoder layers are the largest."""
+    return [module for module in model.modules() if isinstance(module, nn.ModuleList)]
 
 
 def decoder_layers(model: nn.Module, wanted: str = "this setting needs") -> nn.ModuleList:
     """The stack of decoder layers. ConfigError if the model has none, with what `wanted` them and what to change."""
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    stacks = stacks_of(model)
     if not stacks:
         raise ConfigError(f"this model has no decoder layers, which {wanted}")
     return max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
@@ -67,11 +67,9 @@ def round_frozen(policy: Any) -> None:
     base = policy.get_base_model() if adapters else None
     if base is None or not base.config.name_or_path or any(layer.lora_magnitude_vector for layer in adapters):
         return
-    for layer in adapters:
-        if all(
-            isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values()
-        ):  # which sees the difference
-            layer.cast_input_dtype_enabled = False  # to the factors' float32, and from there to bfloat16
+    for layer in adapters:  # whose input is not cast to the factors' float32 before bfloat16; dropout would see it
+        dropped = any(not isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values())
+        layer.cast_input_dtype_enabled = dropped
     embedding = base.get_input_embeddings().weight
     for module in policy.modules():
         own = [*module.parameters(recurse=False)] if isinstance(module, (nn.Linear, Conv1D)) else []

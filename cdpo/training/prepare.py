@@ -21,7 +21,7 @@ from cdpo.data.rows import Data, Ledger
 from cdpo.data.tokenise import tokenise
 from cdpo.errors import ConfigError, DataError
 from cdpo.losses.candidates import OnCandidates
-from cdpo.model.layers import decoder_layers, has_layers, switch
+from cdpo.model.layers import decoder_layers, stacks_of, switch
 from cdpo.model.logps import Scorer, one_by_one
 from cdpo.model.memory import Probe, explained
 from cdpo.model.reference import check_loaded, check_start
@@ -193,7 +193,7 @@ def compiled(session: Session, scorer: Scorer, scored: Scored) -> bool:
     trainer = session.spec.trainer
     if trainer.compile is not None:
         return trainer.compile
-    able = not scored.padded and trainer.distributed != "fsdp" and has_layers(scorer.model)
+    able = not scored.padded and trainer.distributed != "fsdp" and bool(stacks_of(scorer.model))
     chosen = able and session.device.type == "cuda" and trainer.steps(len(scored.items)) >= COMPILED_FROM
     if chosen:
         log.info("decoder layers are compiled, as the run is long; trainer.compile=false does without")
