@@ -198,3 +198,16 @@ def test_a_part_that_fails_leaves_the_others(tmp_path, monkeypatch):
 def test_every_side_of_a_gpu_has_a_case():
     assert gpu.SIDES.keys() == cases.FOR_GPUS.keys()
     assert all(names[0] == "cdpo" for names in gpu.SIDES.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [([], "torch sees no GPU here"), (["--device", "cpu", "--data", "nowhere.jsonl.gz"], "--data nowhere.jsonl.gz")],
+)
+def test_what_is_missing_is_said_before_anything_is_done(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["gpu.sh", *words])
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main()
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -130,7 +130,12 @@ def options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--data", type=Path, default=HH, help="an HH file of transcripts")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark"))
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no GPU here; --device cpu --cases tiny runs the same without one")
+    if not given.data.is_file():
+        parser.error(f"--data {given.data}: no such file; name an HH file of transcripts, .jsonl or .jsonl.gz")
+    return given
 
 
 def main() -> None:
