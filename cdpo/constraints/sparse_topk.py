@@ -48,8 +48,14 @@ class SparseTopK(Projection):
         return self.k or max(1, int((self.fraction or 1.0) * trained))
 
     def hold(self, gradient: Gradient) -> None:
-        """What no weight of the support may do; other supports are not looked at."""
-        gradient.keep(lambda _, delta: delta != 0)
+        """What weights outside a full support may not do; `cdpo.training.swap` looks at other supports."""
+        if self.full(gradient):
+            gradient.keep(lambda _, delta: delta != 0)
+
+    def full(self, gradient: Gradient) -> bool:
+        """Whether as many weights have moved as may."""
+        deltas = [delta for _, _, delta in gradient.plain()]
+        return sum(int(delta.count_nonzero()) for delta in deltas) >= self.allowed(sum(d.numel() for d in deltas))
 
     def after_step(self, model: nn.Module, metrics: Mapping[str, float]) -> None:
         moved = torch.cat([delta.abs().flatten() for _, delta in self.change.deltas()])

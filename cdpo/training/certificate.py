@@ -6,6 +6,7 @@ command line: what finds an optimum, or searches harder), and numbers, which sta
 residual        norm of the gradient that the constraints do not hold back, over the norm at the first step
 tolerance       what the residual is held against
 promised        what a Newton step would gain, as a share of what was gained; takes residual's place towards infinity
+swap            what another support of a sparse change would gain, as the same share: the best exchange that was tried
 bound           objective less its least value on the set, at most (Frank-Wolfe gap), where the problem is convex
 infeasibility   by how much a budget is exceeded, in nats
 norm            of the change
@@ -15,7 +16,7 @@ items           Items that the gradient is a mean over
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from random import Random
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cdpo.batch import Logps
 from cdpo.constraints.constraint import Constraint
 from cdpo.data.packing import by_tokens
 from cdpo.losses.candidates import RLHF
@@ -31,9 +33,10 @@ from cdpo.model.gradient import Gradient
 from cdpo.model.tabular import Tabular
 from cdpo.training.checks import solvable
 from cdpo.training.run import Run
+from cdpo.training.swap import gained_by_swap
 
 PROVEN, SEARCHED = 1e-5, 1e-3  # of the residual: the error of the objective is of its square
-PROMISED = 1e-4  # of the objective's fall, where the best lies at infinity: there a gradient's norm says little
+PROMISED = 1e-4  # of the objective's fall: by a step towards infinity, where a gradient says little, or by a swap
 COARSE = 1e-2  # of weights in fewer digits
 FEASIBLE = 1e-6  # nats
 ROUNDS, SETTLED = 1000, 1e-8  # of several constraints that hold a gradient back together; beside the first gradient
@@ -63,6 +66,8 @@ def certify(run: Run, metrics: Mapping[str, float]) -> dict[str, Any]:
 
 def stationary(found: Mapping[str, Any]) -> bool:
     """Whether the gradient is as good as zero; towards infinity, whether one more Newton step would gain nothing."""
+    if found.get("swap", 0.0) > PROMISED:
+        return False
     if "promised" in found:
         return bool(found["promised"] <= PROMISED)
     return bool(found["residual"] <= found["tolerance"])
@@ -91,10 +96,12 @@ def measured(run: Run) -> dict[str, Any]:
     """The numbers of a certificate."""
     run.scorer.eval()
     items = sample(len(run.train.items), run.trainer.certificate_items, run.plan.seed)
-    budgets = differentiated(run, items, excess=True)
+    has_budget = any(type(one).excess is not Constraint.excess for one in run.constraints.values())
+    budgets = differentiated(run, over_budget(run, items)) if has_budget else None
     limits = [parameter.grad for parameter in run.parameters]
-    differentiated(run, items)
+    differentiated(run, objective(run, items))
     gradient = Gradient(run.change)
+    swap = gained_by_swap(run, gradient, lambda: sum(map(float, objective(run, items))))
     bounds = [bound for one in run.constraints.values() if (bound := one.bound(gradient)) is not None]
     holds = [partial(one.hold, gradient) for one in run.constraints.values() if type(one).hold is not Constraint.hold]
     if budgets is not None and budgets > -FEASIBLE:
@@ -106,6 +113,7 @@ def measured(run: Run) -> dict[str, Any]:
         "residual": residual / scale if scale else math.inf if residual else 0.0,
         **({"bound": max(0.0, min(bounds))} if bounds else {}),
         **({} if budgets is None else {"infeasibility": max(0.0, budgets)}),
+        **({} if swap is None else {"swap": swap}),
         **run.state.search,
         "norm": run.change.norm(),
         "items": len(items),
@@ -120,34 +128,40 @@ def sample(n: int, most: int, seed: int) -> list[int]:
     return list(range(n)) if n <= most else sorted(Random(f"certificate {seed}").sample(range(n), most))
 
 
-def differentiated(run: Run, items: Sequence[int], excess: bool = False) -> float | None:
-    """Leave the gradient of the objective on the parameters, or that of what has to be at most 0; returns its value.
-
-    None, and no gradient, where nothing has a budget.
-    """
+def differentiated(run: Run, terms: Iterable[Tensor]) -> float:
+    """Leave the gradient of a sum on the parameters; returns the sum."""
     for parameter in run.parameters:
         parameter.grad = None
-    total, weights = 0.0, sum(run.item_weights[i] for i in items)
+    total = 0.0
+    for term in terms:
+        term.backward()
+        total += float(term.detach())
+    return total
+
+
+def objective(run: Run, items: Sequence[int]) -> Iterator[Tensor]:
+    """What the objective is the sum of: the share of every micro-batch, then what weights are shrunk for. [] each"""
+    weights = sum(run.item_weights[i] for i in items)
+    for logps in scored(run, items):
+        yield (per_unit(run.loss, logps) * unit_weight(run.loss, logps)).sum() / weights
+    yield from (one for c in run.constraints.values() if (one := c.parameter_penalty()) is not None)
+
+
+def over_budget(run: Run, items: Sequence[int]) -> Iterator[Tensor]:
+    """What the mean of all that has to be at most 0 is the sum of, in nats. [] each"""
+    for logps in scored(run, items):
+        terms = (one for c in run.constraints.values() if (one := c.excess(logps)) is not None)
+        yield torch.stack([term.sum() for term in terms]).sum() / len(items)
+
+
+def scored(run: Run, items: Sequence[int]) -> Iterator[Logps]:
+    """What the policy says of these Items, micro-batch by micro-batch."""
     for portion in by_tokens(run.plan.sizes, items, run.trainer.micro_batch):
         run.session.pause()
         batch = run.train.batch(tuple(portion))
         with run.autocast():
             policy, _ = run.scorer(batch)
-        logps = batch.logps(policy, **run.context())
-        if excess:
-            terms = [one for c in run.constraints.values() if (one := c.excess(logps)) is not None]
-            if not terms:
-                return None
-            value = torch.stack([term.sum() for term in terms]).sum() / len(items)
-        else:
-            value = (per_unit(run.loss, logps) * unit_weight(run.loss, logps)).sum() / weights
-        value.backward()
-        total += float(value.detach())
-    penalties = [] if excess else [one for c in run.constraints.values() if (one := c.parameter_penalty()) is not None]
-    for penalty in penalties:
-        penalty.backward()
-        total += float(penalty.detach())
-    return total
+        yield batch.logps(policy, **run.context())
 
 
 def keep_free(run: Run, holds: Sequence[Callable[[], None]]) -> None:
@@ -242,5 +256,7 @@ def sentence(status: str, proof: str, found: dict[str, Any]) -> str:
         return f"{where} ({residual}{left}); other optima are not excluded"
     excess = found.get("infeasibility", 0.0)
     over = f", {excess:.1e} nats over its budget" if excess > FEASIBLE else ""
+    if found.get("swap", 0.0) > PROMISED:
+        return f"another support gains {found['swap']:.0e} of the fall, tolerance {PROMISED:.0e} ({residual}{over})"
     held = f"{promised}, tolerance {PROMISED:.0e}" if promised else f"{residual}, tolerance {found['tolerance']:.0e}"
     return f"not stationary ({held}{over})"
