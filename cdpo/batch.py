@@ -146,6 +146,14 @@ class Logps:
         winner, loser = self.of_pairs(self.log_ratio())
         return winner - loser
 
+    def with_reference(self, reference: Tensor, baseline: float) -> Logps:
+        """The same by another reference, and the mean log-ratio to that.
+
+        `base` moves along, so that the policy on an Item's responses (`renormalised`) stays what it is. [S]
+        """
+        base = None if self.base is None else self.base + (reference - self.reference)
+        return replace(self, reference=reference, base=base, baseline=None if self.baseline is None else baseline)
+
     @property
     def items(self) -> int:
         """I, the number of Items; known without waiting for a GPU where the Items are named."""

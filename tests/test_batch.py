@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from candidates import logps
 from hypothesis import given
@@ -48,3 +49,18 @@ def test_log_softmax_is_at_least_float32():
     zeros = torch.zeros(4)
     result = logps(zeros, zeros, [0, 0, 1, 1]).log_softmax_by_item(zeros.to(torch.bfloat16))
     torch.testing.assert_close(result, torch.full((4,), -math.log(2)))
+
+
+@pytest.mark.parametrize("enumerated", [True, False])
+def test_another_reference_leaves_the_policy_on_the_responses_as_it_is(enumerated):
+    """And stands beside it as the policy would: on enumerated responses by its own probabilities, renormalised."""
+    torch.manual_seed(0)
+    policy, reference, other = torch.randn(3, 9, dtype=torch.float64)
+    base = reference if enumerated else torch.zeros(9, dtype=torch.float64)
+    first = logps(policy, reference, ITEM, base=base)
+    moved = first.with_reference(other, baseline=0.3)
+    torch.testing.assert_close(moved.renormalised().policy, first.renormalised().policy)
+    as_policy = logps(other, reference, ITEM, base=base).renormalised().policy
+    torch.testing.assert_close(moved.renormalised().reference, as_policy)
+    assert (moved.baseline, moved.reference is other) == (0.3, True)
+    torch.testing.assert_close(first.with_reference(policy, 0.0).candidate_kl(), torch.zeros(3, dtype=torch.float64))

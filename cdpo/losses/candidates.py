@@ -28,6 +28,7 @@ class OnCandidates:
     unit: ClassVar[Literal["item"]] = "item"
     convex: ClassVar[bool] = False
     weights_move: ClassVar[bool] = False
+    fixed_reference: ClassVar[bool] = True  # J's
 
     def __post_init__(self) -> None:
         check_positive(beta=self.beta)

@@ -29,6 +29,12 @@ class Combined:
     reads_progress: ClassVar[Any] = _of_any("reads_progress")
     reads_baseline: ClassVar[Any] = _of_any("reads_baseline")
     reads_rewards: ClassVar[Any] = _of_any("reads_rewards")
+    fixed_reference: ClassVar[Any] = _of_any("fixed_reference")
+
+    @property
+    def reference_free(self) -> bool:
+        """Whether all parts are."""
+        return all(getattr(part, "reference_free", False) for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,16 @@ class WPO(Combined):
     def parts(self) -> Iterable[Loss]:  # type: ignore[override]
         """The loss within."""
         return (self.loss,)
+
+    @property
+    def fixed_reference(self) -> bool:  # type: ignore[override]
+        """Where the weight is by what drew the pairs, or that of the loss within is."""
+        return self.weight == "importance" or self.drawn == "reference" or super().fixed_reference
+
+    @property
+    def reference_free(self) -> bool:
+        """Whether neither the weight nor the loss within reads it."""
+        return not self.fixed_reference and super().reference_free
 
     def log_weight(self, logps: Logps) -> Tensor:
         """Logarithm of a response's factor of the weight. [S]"""

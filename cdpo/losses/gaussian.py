@@ -66,6 +66,11 @@ class Gaussian(PairLoss):
         return self.observation is None
 
     @property
+    def reference_free(self) -> bool:  # type: ignore[override]
+        """Where every pair has the same noise."""
+        return self.noise == "constant"
+
+    @property
     def reads_progress(self) -> bool:  # type: ignore[override]
         """Where the noise falls."""
         return self.noise_schedule is not None

@@ -48,6 +48,8 @@ class PairLoss:
     reads_baseline: ClassVar[bool] = False  # `Logps.baseline`, None for others: it costs a wait for the device per step
     reads_rewards: ClassVar[bool] = False  # `Logps.rewards`
     reads_preference: ClassVar[bool] = False  # `Logps.preference`: has soft labels of its own, and is asked once
+    reference_free: ClassVar[bool] = False  # nothing depends on `Logps.reference`
+    fixed_reference: ClassVar[bool] = False  # it is J's, or what the pairs were drawn from: no other may take its place
     whole_steps: ClassVar[bool] = False  # and `Logps.weight`: a pair's number depends on all pairs of a step
 
     def __post_init__(self) -> None:

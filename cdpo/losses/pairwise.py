@@ -229,6 +229,7 @@ class SFT:
     unit: ClassVar[Literal["pair"]] = "pair"
     convex: ClassVar[bool] = True
     weights_move: ClassVar[bool] = False
+    reference_free: ClassVar[bool] = True
 
     def __call__(self, logps: Logps) -> Tensor:
         chosen, _ = logps.of_pairs(logps.policy / logps.length if self.length_normalized else logps.policy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +25,7 @@ class SimPO(PairLoss):
     beta: float = 2.0  # scale of the reward, a mean log-prob per token
     gamma: float = 0.5  # margin of rewards to be reached, at least 0
     alpha: float = 0.0  # shape of the reward; 0 is s itself
+    reference_free: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,6 +51,7 @@ class ORPO(PairLoss):
     """
 
     beta: float = 0.1  # weight of the odds ratio beside the NLL
+    reference_free: ClassVar[bool] = True
 
     def __call__(self, logps: Logps) -> Tensor:
         chosen, rejected = logps.of_pairs(logps.policy / logps.length)

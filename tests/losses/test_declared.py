@@ -85,3 +85,20 @@ def test_the_gradient_is_the_slope_of_the_value_unless_weights_move(name):
         assert abs(slope - difference) > 1e-3 * abs(difference), "nothing moves, or the gradient goes through it"
     else:
         assert slope == pytest.approx(difference, rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_reads_the_reference_unless_it_says_that_it_does_not(name):
+    loss, g = LOSSES[name], torch.Generator().manual_seed(2)
+    logps = logps_of(torch.randn(len(SIZES), 6, generator=g, dtype=torch.float64), g)
+    other = logps.reference + torch.randn(len(ITEM), generator=g, dtype=torch.float64)
+    values, moved = per_unit(loss, logps), per_unit(loss, logps.with_reference(other, baseline=0.4))
+    if getattr(loss, "reference_free", False):
+        assert torch.equal(values, moved)
+    else:
+        assert bool((values != moved).all())
+
+
+def test_losses_whose_reference_is_the_problem_s_or_drew_the_pairs():
+    fixed = {name for name, loss in LOSSES.items() if getattr(loss, "fixed_reference", False)}
+    assert fixed == {"rlhf", "rlhf_learned", "onpolicy_regression", "wpo_candidates", "wpo importance"}
