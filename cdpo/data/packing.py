@@ -202,11 +202,15 @@ class Plan:
         steps = range(min(self.steps, self.steps_per_epoch))
         return max(sum(self.sizes[i] for i in self.step_items(step)) for step in steps)
 
-    def visited(self) -> set[int]:
-        """The Items that some step sees, as indices."""
-        if self.steps >= self.steps_per_epoch:
-            return set(range(len(self.sizes)))
-        return {i for step in range(self.steps) for i in self.step_items(step)}
+    def visited(self, first: int = 0, count: int | None = None) -> set[int]:
+        """The Items that some step sees, of `count` steps from `first` on (default: all to the end), as indices."""
+        end = self.steps if count is None else min(first + count, self.steps)
+        found = set[int]()
+        for step in range(first, end):
+            found.update(self.step_items(step))
+            if len(found) == len(self.sizes):
+                break
+        return found
 
     def step_items(self, step: int) -> list[int]:
         """The Items of a step, as indices."""

@@ -37,14 +37,19 @@ def add_pair_metrics(means: Means, logps: Logps, statistics: Statistics, beta: f
     per_pair |= dict(zip(("logits/chosen", "logits/rejected"), logps.of_pairs(statistics.logit)))
     means.add_all(per_pair, logps.weight)
     means.add("entropy", statistics.entropy, logps.length)
+
+
+def add_kl(means: Means, logps: Logps) -> None:
+    """Add the KL of the policy to the reference on the responses of each prompt, nats, where `base` is known."""
+    logps = replace(logps, policy=logps.policy.detach())
     if logps.base is not None:
         means.add("kl/candidates", logps.candidate_kl())
 
 
-def add_log_ratio(means: Means, logps: Logps) -> None:
+def add_log_ratio(means: Means, logps: Logps, name: str) -> None:
     """Add the mean log-ratio over all responses of all pairs, nats: what Logps.baseline averages over the steps."""
     chosen, rejected = logps.of_pairs(logps.log_ratio().detach())
-    means.add("log_ratio", (chosen + rejected) / 2, logps.weight)
+    means.add(name, (chosen + rejected) / 2, logps.weight)
 
 
 def correct(logps: Logps) -> Tensor:

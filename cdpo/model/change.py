@@ -206,24 +206,33 @@ class Change:
     @contextmanager
     def at_start(self) -> Iterator[None]:
         """Within the block the policy is the reference, bit for bit: its changed weights are put aside."""
-        kept = [(parameter, start, parameter.detach().clone()) for _, parameter, start in self.plain()]
         adapters = [layer for layer in self.adapted.values() if not layer.disable_adapters]
         trained = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
         try:
             for layer in adapters:
                 layer.enable_adapters(False)
-            with torch.no_grad():
-                for parameter, start, _ in kept:
-                    parameter.copy_(start)
-            yield
+            with self.at({name: start for name, _, start in self.plain()}):
+                yield
         finally:
-            with torch.no_grad():
-                for parameter, _, changed in kept:
-                    parameter.copy_(changed)
             for layer in adapters:
                 layer.enable_adapters(True)  # which makes all its factors trainable
             for parameter in self.model.parameters():
                 parameter.requires_grad_(id(parameter) in trained)
+
+    @contextmanager
+    def at(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within the block these plain weights, by name, take the place of the policy's, which are put aside."""
+        kept = [(parameter, parameter.detach().clone()) for name, parameter, _ in self.plain() if name in weights]
+        try:
+            with torch.no_grad():
+                for name, parameter, _ in self.plain():
+                    if name in weights:
+                        parameter.copy_(weights[name])
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, changed in kept:
+                    parameter.copy_(changed)
 
     @torch.no_grad()
     def scale(self, share: Mapping[str, float]) -> None:

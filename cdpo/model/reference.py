@@ -109,22 +109,30 @@ class ReferencePass:
 
     def _computed(self, scorer: Scorer, scored: Scored, tell: cache.Tell) -> Tensor:
         """Log-probs of all responses, Item after Item. [responses], nats"""
-        parts: list[Tensor] = [torch.empty(0)] * len(scored.items)
-        done = 0
-        scorer.eval()
+        return torch.cat(log_probs(scorer, scored, self.micro_batch, self.ranks, tell))
 
-        def work(indices: tuple[int, ...]) -> Tensor:
-            with torch.no_grad():
-                return scorer(scored.batch(indices))[0].cpu()
 
-        portions = scored.portions(self.micro_batch)
-        for indices, sums in zip(portions, self.ranks.mapped(portions, work)):
-            _check_finite(sums, scored.batch(indices))
-            for i, part in zip(indices, sums.split([len(scored.items[i].responses) for i in indices])):
-                parts[i] = part
-            done += len(indices)
-            tell(done)
-        return torch.cat([part.clone() for part in parts])
+def log_probs(scorer: Scorer, scored: Scored, micro_batch: int, ranks: Ranks, tell: cache.Tell) -> list[Tensor]:
+    """Of the responses of every Item, in eval mode, in micro-batches of so many tokens. [K] each, nats, on the CPU
+
+    Raises NumericsError, naming the rows.
+    """
+    parts: list[Tensor] = [torch.empty(0)] * len(scored.items)
+    done = 0
+    scorer.eval()
+
+    def work(indices: tuple[int, ...]) -> Tensor:
+        with torch.no_grad():
+            return scorer(scored.batch(indices))[0].cpu()
+
+    portions = scored.portions(micro_batch)
+    for indices, sums in zip(portions, ranks.mapped(portions, work)):
+        _check_finite(sums, scored.batch(indices))
+        for i, part in zip(indices, sums.split([len(scored.items[i].responses) for i in indices])):
+            parts[i] = part.clone()
+        done += len(indices)
+        tell(done)
+    return parts
 
 
 def _check_finite(sums: Tensor, batch: Batch) -> None:

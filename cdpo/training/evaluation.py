@@ -16,7 +16,7 @@ from cdpo.losses.loss import check_finite, per_unit, unit_weight
 from cdpo.measure.gaussian_view import gaussian_view, histograms, summarise
 from cdpo.measure.objective import attained, effective_sample_size, objective, to_bradley_terry
 from cdpo.measure.objective import means as mean_objective
-from cdpo.measure.pairs import add_pair_metrics, correct
+from cdpo.measure.pairs import add_kl, add_pair_metrics, correct
 from cdpo.model.logps import Statistics
 from cdpo.model.sampling import generations, sampled_kl
 from cdpo.system.metrics import Means
@@ -84,6 +84,7 @@ class _Tables:
         else:
             self.means.add("loss", per_unit(run.loss, logps), unit_weight(run.loss, logps))
         add_pair_metrics(self.means, logps, statistics, run.reward_beta)
+        add_kl(self.means, logps)
         view = gaussian_view(logps.chosen_first(), run.reward_beta)
         _append(self.pairs, {"correct": correct(logps), "weight": logps.weight, **view})
         if logps.rewards is not None:

@@ -17,7 +17,7 @@ from cdpo.batch import Batch, Logps
 from cdpo.data.packing import KEPT
 from cdpo.errors import Preempted
 from cdpo.losses.loss import per_unit, unit_weight
-from cdpo.measure.pairs import add_log_ratio, add_pair_metrics
+from cdpo.measure.pairs import add_kl, add_log_ratio, add_pair_metrics
 from cdpo.model.gradient import Gradient
 from cdpo.model.logps import Statistics
 from cdpo.system import checkpoint
@@ -153,6 +153,7 @@ def accumulate(run: Run, first: bool, means: Means, sums: Tensor) -> None:
         if statistics is not None:
             means.add("loss", values, weight)
             add_pair_metrics(means, logps, statistics, run.reward_beta)
+            add_kl(means, logps)
     if run.ranks.sharded:
         pad_passes(run, max(map(len, shares)) - len(own), tuple(items[:1]))
 
@@ -166,7 +167,7 @@ def score_batch(run: Run, batch: Batch, first: bool = True) -> tuple[Tensor, Sta
 def measure(run: Run, means: Means, logps: Logps) -> None:
     """What the constraints ask for after every step, and what the baseline of `Logps` is made of."""
     if run.reads_baseline:
-        add_log_ratio(means, logps)
+        add_log_ratio(means, logps, "log_ratio")
     for constraint in run.constraints.values():
         for name, measured in constraint.measure(logps).items():
             means.add(name, measured)
