@@ -16,6 +16,8 @@ NOT_IN_DIGEST = (
     "trainer.log_every", "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.distributed",
 )  # fmt: skip
 NULL = {"trainer.tokens_per_micro_batch": MICRO_BATCH, "trainer.compile": False}  # what null stands for, but on a GPU
+# keys that came later, with the value that changes nothing, at which they are left out: older runs keep their digest
+LATER = {"trainer.sync_reference": None, "trainer.sync_mixture": 1.0}
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -31,6 +33,7 @@ def trajectory(composed: Mapping[str, Any]) -> dict[str, Any]:
     keys = flat({k: v for k, v in composed.items() if k != "hydra"})
     keys["constraint"] = list(composed["constraint"])  # several act one after another: their order counts
     keys |= {key: value for key, value in NULL.items() if key in keys and keys[key] is None}
+    keys = {key: value for key, value in keys.items() if key not in LATER or value != LATER[key]}
     return {k: v for k, v in keys.items() if not any(k == free or k.startswith(f"{free}.") for free in NOT_IN_DIGEST)}
 
 

@@ -13,7 +13,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MICRO_BATCH = 4096  # tokens: enough for a CPU, and what the reference is asked with
 COUNTS = (  # keys of the trainer that are whole numbers, from 1 on; those of MAY_BE_0 from 0 on
     "batch_size", "tokens_per_micro_batch", "epochs", "max_steps", "eval_every", "log_every", "checkpoint_every",
-    "keep_checkpoints", "samples", "sample_tokens", "certificate_items", "threads",
+    "keep_checkpoints", "samples", "sample_tokens", "certificate_items", "threads", "sync_reference",
 )  # fmt: skip
 MAY_BE_0 = ("samples", "certificate_items")
 
@@ -27,6 +27,8 @@ class Trainer:
     epochs: int = 1
     max_steps: int | None = None  # if set, replaces epochs
     max_grad_norm: float | None = 1.0  # gradient clipping; null: none
+    sync_reference: int | None = None  # steps after which the loss's reference is moved, again and again; null: never
+    sync_mixture: float = 1.0  # share of the policy in it, of weights
     eval_every: int = 50  # steps; the start and the end are always evaluated
     log_every: int = 1  # steps; a row holds the values of its own step
     checkpoint_every: int = 100  # steps; the end is always saved
@@ -48,6 +50,10 @@ class Trainer:
                 raise ValueError(f"{key}={value} must be at least {least}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm={self.max_grad_norm} must be positive, or null for no clipping")
+        if not 0 < self.sync_mixture <= 1:
+            raise ValueError(f"sync_mixture={self.sync_mixture} must lie in (0, 1]; 1 makes a copy of the policy")
+        if self.sync_mixture < 1 and self.sync_reference is None:
+            raise ValueError(f"sync_mixture={self.sync_mixture} is not used with sync_reference=null; set it to 1.0")
 
     @property
     def micro_batch(self) -> int:
@@ -92,6 +98,11 @@ class Config:
             raise ValueError(f"seed={self.seed} must lie in [0, 2**31)")
         if not 0 <= self.restart < 1000:
             raise ValueError(f"restart={self.restart} must lie in [0, 1000)")
+
+    @property
+    def states(self) -> int:
+        """Numbers kept beside each weight that is trained: the optimizer's, and that of a mixed reference."""
+        return self.optimizer.states + (self.trainer.sync_mixture < 1)  # type: ignore[no-any-return]
 
     @property
     def draw(self) -> int:

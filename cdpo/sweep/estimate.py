@@ -81,7 +81,7 @@ def estimate(composed: dict[str, Any], newest: dict[str, Any]) -> Estimate:
     check_lengths(policy, sets.longest())
     numbers = sum(p.numel() for p in policy.parameters())
     trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    gib = persistent_bytes(policy, spec.optimizer.states) / 2**30
+    gib = persistent_bytes(policy, spec.states) / 2**30
     return Estimate(items, spec.trainer.steps(items), numbers, trainable, gib)
 
 

@@ -36,6 +36,8 @@ def checked(composed: dict[str, Any]) -> Config:
         _check_fsdp(spec)
     if isinstance(spec.optimizer, Exact):
         _check_exact(spec)
+    if spec.trainer.sync_reference is not None:
+        _check_sync(spec)
     if spec.trainer.compile and isinstance(spec.model, Tabular):
         raise ConfigError("a table of logits has no decoder layers, which trainer.compile needs; set it to false")
     return spec
@@ -117,6 +119,23 @@ def _check_frank_wolfe(spec: Config) -> None:
         reasons.append("the ball needs whole weights: use trainer.distributed=ddp")
     if reasons:
         raise ConfigError("optimizer=frank_wolfe:\n  " + "\n  ".join(reasons))
+
+
+def _check_sync(spec: Config) -> None:
+    """ConfigError where the reference of the loss cannot be moved, or moving it would change nothing."""
+    loss, optimizer = type(spec.loss).__name__, type(spec.optimizer).__name__
+    reasons = []
+    if getattr(spec.loss, "reference_free", False):
+        reasons.append(f"loss {loss} reads no reference, so nothing would change: set it to null")
+    if getattr(spec.loss, "fixed_reference", False):
+        reasons.append(f"the reference of loss {loss} is that of J, or what its pairs were drawn from: set it to null")
+    if isinstance(spec.optimizer, (Exact, LBFGS, FrankWolfe)):
+        reasons.append(f"optimizer {optimizer} needs one fixed objective: use optimizer=adamw or optimizer=sgd")
+    for name, one in spec.constraint.items():
+        if isinstance(one, LoRA) and spec.trainer.sync_mixture < 1:
+            reasons.append(f"a mixture of two adapters {name} has twice their rank: set trainer.sync_mixture=1.0")
+    if reasons:
+        raise ConfigError("trainer.sync_reference moves the reference of the loss:\n  " + "\n  ".join(reasons))
 
 
 def _check_fsdp(spec: Config) -> None:

@@ -1,5 +1,5 @@
 """The training loop, in the order in which things happen: score, loss, penalties, backward, hooks, step, hooks, log,
-evaluate, save.
+evaluate, save, move the reference.
 
 It knows losses, constraints and optimizers by their interfaces only. n steps equal k steps, resume, n - k, bit for bit.
 """
@@ -29,6 +29,7 @@ from cdpo.training.finite import check_weights, nonfinite_error
 from cdpo.training.journal import Journal
 from cdpo.training.run import Run, State, restore, snapshot
 from cdpo.training.solve import solve
+from cdpo.training.sync import sync_if_due
 
 
 def fit(run: Run) -> State:
@@ -51,6 +52,8 @@ def fit(run: Run) -> State:
                 raise Preempted(f"{stop} after step {state.step}; the same command goes on from there", stop)
             if run.ended:
                 return state
+            if not sync_if_due(run, journal):
+                continue
             search_step(run) if run.searches else take_step(run)
             journal.step()
 
@@ -141,7 +144,8 @@ def accumulate(run: Run, first: bool, means: Means, sums: Tensor) -> None:
         batch = run.train.batch(tuple(indices))
         policy, statistics = score_batch(run, batch, first)
         logps = batch.logps(policy, **run.context())
-        values, weight = per_unit(run.loss, logps), unit_weight(run.loss, logps)
+        read = run.moving.read(logps, indices, run.state.moved_baseline)
+        values, weight = per_unit(run.loss, read), unit_weight(run.loss, read)
         objective = (values * weight).sum() / total
         for constraint in run.constraints.values():
             penalty = constraint.penalty(logps)
@@ -149,10 +153,10 @@ def accumulate(run: Run, first: bool, means: Means, sums: Tensor) -> None:
         objective.backward()
         sums += torch.stack([objective.detach(), policy.detach().sum()])
         if first:
-            measure(run, means, logps)
+            measure(run, means, logps, read)
         if statistics is not None:
             means.add("loss", values, weight)
-            add_pair_metrics(means, logps, statistics, run.reward_beta)
+            add_pair_metrics(means, read, statistics, run.reward_beta)
             add_kl(means, logps)
     if run.ranks.sharded:
         pad_passes(run, max(map(len, shares)) - len(own), tuple(items[:1]))
@@ -164,10 +168,12 @@ def score_batch(run: Run, batch: Batch, first: bool = True) -> tuple[Tensor, Sta
         return run.scorer(batch, statistics=first and (run.state.step + 1) % run.trainer.log_every == 0)  # type: ignore[no-any-return]
 
 
-def measure(run: Run, means: Means, logps: Logps) -> None:
-    """What the constraints ask for after every step, and what the baseline of `Logps` is made of."""
+def measure(run: Run, means: Means, logps: Logps, read: Logps) -> None:
+    """What the constraints ask for after every step, and what the baselines of `Logps` are made of."""
     if run.reads_baseline:
         add_log_ratio(means, logps, "log_ratio")
+        if run.state.synced:
+            add_log_ratio(means, read, "moved_log_ratio")
     for constraint in run.constraints.values():
         for name, measured in constraint.measure(logps).items():
             means.add(name, measured)
@@ -196,6 +202,7 @@ def finish_step(run: Run, row: dict[str, float], began: float) -> None:
     state.step += 1
     state.tokens += tokens
     state.ratio_sum += row.pop("log_ratio", 0.0)
+    state.moved_ratio_sum += row.pop("moved_log_ratio", 0.0)
     seconds = time.perf_counter() - began
     state.step_metrics = row | {
         "epoch": state.step / plan.steps_per_epoch,

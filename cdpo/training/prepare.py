@@ -181,7 +181,7 @@ def sized(session: Session, scorer: Scorer, scored: Scored) -> Trainer:
     tokens = known or spec.trainer.tokens_per_micro_batch
     if tokens is None:
         most = plan_of(spec.trainer, scored.items, spec.draw).largest_step()
-        tokens = Probe(scorer, scored, session.autocast, ranks, most).tokens(spec.optimizer.states)
+        tokens = Probe(scorer, scored, session.autocast, ranks, most).tokens(spec.states)
     if known is None:
         ranks.from_first(lambda: write_json(file, {"tokens": tokens}))
     log.info("micro-batches of at most %d tokens", tokens)

@@ -19,6 +19,7 @@ from cdpo.errors import ConfigError
 from cdpo.losses.loss import reward_beta
 from cdpo.model.change import Change
 from cdpo.model.logps import Scorer
+from cdpo.model.moving_reference import MovingReference
 from cdpo.optim import AdamW, Exact, FrankWolfe, OptimizerConfig, RMSprop
 from cdpo.system import checkpoint
 from cdpo.system.ranks import sharded_like, whole_tree
@@ -36,6 +37,8 @@ class State:
     evaluated: int = -1  # the last step after which the run was looked at: evaluated if due, asked whether to stop
     tokens: int = 0  # encoded in training so far
     ratio_sum: float = 0.0  # of the mean log-ratio of each step, nats
+    synced: int = 0  # the step after which the reference of the loss was moved last; 0: never
+    moved_ratio_sum: float = 0.0  # as ratio_sum, to the moved reference, of the steps since then
     stopped: str | None = None  # why training stopped before its last step
     first_gradient: float = 0.0  # norm of the gradient at the first step, as `cdpo.model.gradient` counts it
     proof: str = ""  # why what a search found is the optimum, if it is: "convex" or "closed form"
@@ -48,6 +51,12 @@ class State:
     def baseline(self) -> float:
         """Mean log-ratio over the pairs of all earlier steps, nats: what Logps.baseline holds."""
         return self.ratio_sum / self.step if self.step else 0.0
+
+    @property
+    def moved_baseline(self) -> float:
+        """The same of the steps since the reference was moved: log-ratios to another one say nothing of it."""
+        steps = self.step - self.synced
+        return self.moved_ratio_sum / steps if steps else 0.0
 
 
 @dataclass(kw_only=True)
@@ -84,6 +93,7 @@ class Run:
         self.parameters = trained_parameters(self.policy)
         self.optimizer: Optimizer = self.optimizer_config.build(self.parameters)
         self.change = Change(self.policy)
+        self.moving = MovingReference(self.change, self.trainer.sync_mixture)
         self.state = State()
         for constraint in self.constraints.values():
             constraint.begin(self.policy, self.change)
@@ -143,6 +153,11 @@ def check_sizes(
     if optimizer.full_batch and trainer.size(items) < items:
         name = type(optimizer).__name__.lower()
         raise ConfigError(f"optimizer={name} needs the full batch: set trainer.batch_size=null")
+    if trainer.sync_reference and trainer.sync_reference >= (steps := trainer.steps(items)):
+        raise ConfigError(
+            f"trainer.sync_reference={trainer.sync_reference} in a run of {steps} steps moves no reference that a step "
+            "reads: choose fewer, or null"
+        )
     for name, constraint in constraints.items():
         watched = getattr(constraint, "metric", None)
         if watched and not held_out:
@@ -168,6 +183,7 @@ def snapshot(run: Run) -> dict[str, Any]:
         "parameters": {name: p for name, p in run.policy.named_parameters() if p.requires_grad},
         "optimizer": run.optimizer.state_dict(),
         "constraints": {name: constraint.state_dict() for name, constraint in run.constraints.items()},
+        "moving": run.moving.state_dict(),
         "rng": rng,
         "rng_of_other_ranks": others,
     }
@@ -197,6 +213,7 @@ def restore(run: Run) -> int:
     run.optimizer.load_state_dict(_laid_out(saved["optimizer"], run.parameters))
     for name, constraint in run.constraints.items():
         constraint.load_state_dict(saved["constraints"][name])
+    run.moving.load_state_dict(saved.get("moving", {}), run.train.items)
     vars(run.state).update(saved["state"])
     rngs = [saved["rng"], *saved.get("rng_of_other_ranks", [])]
     if len(rngs) == run.ranks.size:

@@ -33,6 +33,7 @@ RUNS = {
     "l2_ball": [*TINY, "constraint=[l2_ball,weight_decay]", "constraint.l2_ball.radius=0.01", "optimizer=sgd"],
     "frank_wolfe": [*TINY, "constraint=l2_ball", "constraint.l2_ball.radius=0.1", "optimizer=frank_wolfe",
                     "trainer.batch_size=null", "trainer.max_grad_norm=null"],
+    "moving": [*TINY, "loss=kto", "trainer.sync_reference=3", "trainer.sync_mixture=0.6"],
     "early_stop": [*UNEVEN, "model=tabular", "constraint=[early_stop_kl,kl_budget]",
                    "constraint.early_stop_kl.kl=0.02", "optimizer.learning_rate=0.1"],
 }  # fmt: skip
@@ -224,6 +225,8 @@ SHARDED = {
     "several": [*TINY, "trainer.tokens_per_micro_batch=12", "trainer.gradient_checkpointing=true"],
     "one_item_a_step": [*TINY, "trainer.batch_size=1"],
     "lora": [*TINY, "constraint=lora_r4"],
+    "moving": [*TINY, "loss=kto", "trainer.sync_reference=3", "trainer.sync_mixture=0.6"],
+    "moving_lora": [*TINY, "loss=dpo", "trainer.sync_reference=3", "constraint=lora_r4"],
     "constraints": [*TINY, "constraint=[l2_ball,linf_ball,l2_to_start,weight_decay,kl_budget,freeze_embeddings]",
                     "constraint.l2_ball.radius=0.01", "constraint.linf_ball.radius=0.001", "optimizer=sgd"],
 }  # fmt: skip
