@@ -97,7 +97,7 @@ def _polished(outcomes: list[Outcome], how: Launcher, rlhf: bool) -> list[Outcom
     tasks = to_polish([outcome.task for outcome in outcomes if not outcome.exit_code], rlhf)
     if not tasks:
         return outcomes
-    said = "from the solutions of other losses too: at most half of their own starts found the best"
+    said = "from the solutions of other losses and levels too: at most half of their own starts found the best"
     last, beaten = ("RLHF last, ", ", or another loss attains more") if rlhf else ("", "")
     print(f"{len(tasks)} of {len(outcomes)} runs search again, {last}{said}{beaten}", file=sys.stderr)
     for task in tasks:

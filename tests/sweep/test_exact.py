@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import forking
@@ -55,7 +56,7 @@ def test_the_gap_of_a_table_is_zero_without_a_constraint_and_searched_under_a_ra
     said = sweep(tmp_path, *larger, f"loss={','.join(losses)}", "constraint=none,lora_r1")
     assert "in a sweep runs on a table search for the optimum" in said
     assert re.search(
-        r"1 of 4 runs search again, RLHF last, from the solutions of other losses too: at most half of", said
+        r"1 of 4 runs search again, RLHF last, from the solutions of other losses and levels too: at most", said
     )
     found, gaps = runs(tmp_path), pd.read_csv(tmp_path / "swept/gap.csv").set_index(["loss", "constraint"])["gap"]
     assert abs(gaps["dpo", "none"]) < 1e-9
@@ -184,6 +185,37 @@ def test_a_new_loss_beside_them_lets_all_search_again_once(tmp_path):
     ipo, sure = searched(tmp_path, "ipo"), searched(tmp_path, "wpo_candidates", hits=0.6)
     assert both_rounds(rlhf, dpo, ipo, sure) == ([dpo, ipo], [rlhf])
     assert set(load_file(rlhf.directory / "starts.safetensors")) == {"rlhf", "dpo", "ipo", "wpo_candidates"}
+
+
+def test_other_levels_of_a_constraint_are_begun_from_too(tmp_path):
+    """A rank's solution is one of a higher rank; another ball, another world or two constraints are another family."""
+    one, two = searched(tmp_path / "1", "dpo"), searched(tmp_path / "2", "dpo")
+    two = replace(two, directory=two.directory.rename(two.directory.with_name("dpo_r2")))
+    two.composed["constraint"] = {"lora_r2": one.composed["constraint"]["lora_r1"] | {"rank": 2}}
+    ball = searched(tmp_path / "3", "dpo")
+    ball.composed["constraint"] = composed("model=tabular", "constraint=l2_ball")["constraint"]
+    assert both_rounds(one, two, ball) == ([one, two], [])
+    assert set(load_file(one.directory / "starts.safetensors")) == {"dpo", "dpo_r2"}
+    assert both_rounds(one, ball) == ([], [])
+    two.composed["dataset"]["world_seed"] = 1
+    (one.directory / "starts.safetensors").unlink()
+    assert both_rounds(one, two) == ([], [])
+
+
+def test_a_low_rank_begins_from_a_high_ones_solution_and_the_other_way_round(tmp_path):
+    """One start and one step at rank 2 beside a thorough search at rank 1 attain as much; back at rank 1 it runs."""
+    thorough = tmp_path / "thorough"
+    settings = (*WORLD, *SMALL, "loss=rlhf", "optimizer=exact")
+    best = train(composed(*settings, "constraint=lora_r1", "optimizer.starts=40"), thorough)["metrics"]["objective/J"]
+    poor = ("optimizer.starts=1", "optimizer.steps=1")
+    for rank in (2, 1):
+        folder = tmp_path / f"r{rank}"
+        folder.mkdir()
+        shutil.copy(thorough / "solution.safetensors", folder / "starts.safetensors")
+        found = train(composed(*settings, f"constraint=lora_r{rank}", *poor), folder)
+        if rank == 2:
+            assert found["metrics"]["objective/J"] >= best - 1e-9
+        thorough = folder
 
 
 @pytest.mark.parametrize(("attained", "again"), [(0.6, True), (0.5, False), (0.4, False)])

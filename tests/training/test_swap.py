@@ -1,4 +1,4 @@
-"""The certificate of a sparse change: other supports are looked at, and a support that is not full holds nothing back."""
+"""The certificate of a sparse change: it looks at other supports, and one that is not full holds nothing back."""
 
 from __future__ import annotations
 
