@@ -33,8 +33,11 @@ class Constraint:
     no_optimum: str = ""
     #: whether it restricts the weights themselves to a convex set, or adds a convex penalty of theirs
     convex: bool = False
-    #: why this constraint cannot be used on pairs without rewards ("" if it can): they tell nothing of the policy's KL
-    not_on_pairs: str = ""
+    #: on pairs without rewards, which tell nothing of the policy's KL: on how many of its draws it acts (0: none),
+    #: after how many steps these are made anew, and how many tokens each has at most
+    draws: int = 0
+    draw_every: int = 1
+    draw_tokens: int = 1
     #: whether it pulls back by the Euclidean distance, so that steps that rescale the gradient (AdamW) end elsewhere
     euclidean: bool = False
     #: whether it is a set with a `vertex`, in which optimizer=frank_wolfe can move
@@ -55,11 +58,17 @@ class Constraint:
         """Called once on the wrapped, not yet restored policy; `change` remembers where training started."""
 
     def penalty(self, logps: Logps) -> Tensor | None:
-        """A term per Item, [I], added to the loss (mean over Items), inside autograd; of log-probs only."""
+        """A term per Item, [I], added to the loss (mean over Items), inside autograd; of log-probs only.
+
+        With `draws`, on pairs without rewards, it is asked for the draws too, which have `logps.drawn`: also a mean.
+        """
         return None
 
     def measure(self, logps: Logps) -> Mapping[str, Tensor]:
-        """Quantities per Item, name -> [I], without gradient; their mean over all Items of the step is in `metrics`."""
+        """Quantities per Item, name -> [I], without gradient; their mean over all Items of the step is in `metrics`.
+
+        Those of draws (`logps.drawn`) besides with <name>_stderr, the standard error of that mean.
+        """
         return {}
 
     def before_step(self, model: nn.Module, learning_rate: float) -> None:

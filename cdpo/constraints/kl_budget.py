@@ -18,35 +18,46 @@ class KLBudget(Constraint):
 
     Dual ascent: the loss gains multiplier * KL, and after every step multiplier <- max(0, multiplier + rate * (KL -
     budget)). The KL is `Logps.candidate_kl`, a sum over an Item's responses. It holds in the limit, not at every step.
+
+    Pairs without rewards have no such sum. There every `draw_every` steps the policy continues `draws` prompts. Their
+    mean log-ratio, an unbiased estimate of its KL up to the cut at `draw_tokens` tokens, moves the multiplier until it
+    draws again. Only the gradient weighs older draws by what the policy has become (`Logps.drawn_kl`): as an estimate
+    that would be low, for it is these very draws that the penalty has made less likely.
     """
 
     budget: float  # nats per Item
     rate: float = 0.1  # step of the multiplier per nat and training step
+    draws: int = 16  # on pairs without rewards, like the next two: prompts that the policy continues, once each
+    draw_every: int = 4  # steps until it draws anew
+    draw_tokens: int = 64  # of each draw, at most
     multiplier: float = field(init=False, default=0.0)
     kl: float = field(init=False, default=0.0)  # of the last step
 
-    not_on_pairs = (
-        "two responses from elsewhere have no gradient of the policy's KL; use data with rewards, or "
-        "constraint=early_stop_kl with trainer.samples=64, which draws from the policy"
-    )
     not_with_lbfgs = "the multiplier changes the objective from step to step; use optimizer=sgd or adamw"
 
     def __post_init__(self) -> None:
         for name in ("budget", "rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}; choose a positive {name}")
+        for name, least in {"draws": 2, "draw_every": 1, "draw_tokens": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}; choose at least {least}")
 
     def conflict(self, other: Constraint) -> str:
         return "two multipliers for one KL; keep the smaller budget" if isinstance(other, KLBudget) else ""
 
-    def penalty(self, logps: Logps) -> Tensor:
-        return self.multiplier * logps.candidate_kl()
+    def penalty(self, logps: Logps) -> Tensor | None:
+        if logps.drawn is not None and self.multiplier > 0:
+            return self.multiplier * logps.drawn_kl()
+        return None if logps.base is None else self.multiplier * logps.candidate_kl()
 
     def excess(self, logps: Logps) -> Tensor:
         return logps.candidate_kl() - self.budget
 
     def measure(self, logps: Logps) -> dict[str, Tensor]:
-        return {"kl_budget/kl": logps.candidate_kl().detach()}
+        if logps.drawn is not None:
+            return {"kl_budget/kl": logps.drawn - logps.reference}
+        return {} if logps.base is None else {"kl_budget/kl": logps.candidate_kl().detach()}
 
     def after_step(self, model: nn.Module, metrics: Mapping[str, float]) -> None:
         self.kl = metrics["kl_budget/kl"]

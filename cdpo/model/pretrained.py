@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cdpo.data.rows import Data
 
 log = logging.getLogger(__name__)
+RESPONSES = "dataset.max_prompt_tokens + dataset.max_response_tokens"
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,11 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def check_lengths(model: PreTrainedModel, longest: int) -> None:
-    """ConfigError if a prompt with its response, `longest` tokens, has more positions than the model knows."""
+def check_lengths(model: PreTrainedModel, longest: int, options: str = RESPONSES) -> None:
+    """ConfigError if a prompt with its response, `longest` tokens by `options`, has more than the model's positions."""
     known = getattr(model.config, "max_position_embeddings", None)
     if known is not None and longest > known:
         raise ConfigError(
             f"a prompt with its response has {longest} tokens, the model knows {known} positions: "
-            f"lower dataset.max_prompt_tokens + dataset.max_response_tokens to {known}"
+            f"lower {options} to {known}"
         )

@@ -13,7 +13,6 @@ from rich.table import Table
 from cdpo.config.schema import Config
 from cdpo.config.task import Task
 from cdpo.model.memory import outline, persistent_bytes
-from cdpo.model.pretrained import check_lengths
 from cdpo.sweep.outcome import Outcome, failure
 from cdpo.system.progress import console
 from cdpo.training.checks import checked
@@ -78,7 +77,7 @@ def estimate(composed: dict[str, Any], newest: dict[str, Any]) -> Estimate:
     items = len(sets.train)
     check_sizes(spec.optimizer, spec.trainer, spec.constraint, items, len(sets.held_out))
     policy = outline(spec, tokenizer, data)
-    check_lengths(policy, sets.longest())
+    sets.check_lengths(policy)
     numbers = sum(p.numel() for p in policy.parameters())
     trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     gib = persistent_bytes(policy, spec.states) / 2**30

@@ -85,6 +85,8 @@ def uncertified(run: Run) -> str:
             return f"{name}: {constraint.no_optimum}"
     if run.trainer.sync_reference is not None:
         return "the loss's reference moves along the path of training (trainer.sync_reference): no objective is fixed"
+    if run.drawing is not None:
+        return "the KL is held to its budget on draws of the policy, which are others whenever it draws"
     if getattr(run.loss, "whole_steps", False) and len(run.train.items) > run.plan.batch_size:
         return "this loss is another one for other portions of the data"
     if getattr(run.loss, "kinks", False):

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from cdpo.batch import Item, Logps
-from cdpo.data.packing import Scored
 from cdpo.losses.loss import check_finite, per_unit, unit_weight
 from cdpo.measure.gaussian_view import gaussian_view, histograms, summarise
 from cdpo.measure.objective import attained, effective_sample_size, objective, to_bradley_terry
 from cdpo.measure.objective import means as mean_objective
 from cdpo.measure.pairs import add_kl, add_pair_metrics, correct
 from cdpo.model.logps import Statistics
-from cdpo.model.sampling import generations, sampled_kl
+from cdpo.model.sampling import sampled_kl
 from cdpo.system.metrics import Means
+from cdpo.training.draws import continued
 from cdpo.training.run import Run
 
 
@@ -155,10 +155,6 @@ def sample(run: Run) -> Samples | None:
     trainer, scored = run.trainer, run.held_out
     if not trainer.samples or not scored.items:
         return None
-    seed, items = run.plan.seed * 1_000_003 + run.state.step, []
+    samples = continued(run, scored.items[: trainer.samples], trainer.sample_tokens)
     with run.autocast():
-        for item in generations(run.scorer, scored, trainer.samples, trainer.sample_tokens, seed):
-            items.append(item)
-            run.session.pause()
-        samples = Scored(items, scored.padded, scored.device)
-        return Samples(items, sampled_kl(run.scorer, run.change, samples, trainer.micro_batch))
+        return Samples(samples.items, sampled_kl(run.scorer, run.change, samples, trainer.micro_batch))

@@ -24,6 +24,7 @@ from cdpo.system import checkpoint
 from cdpo.system.metrics import Means
 from cdpo.system.ranks import full_tensor
 from cdpo.training.certificate import certify, numbers_of
+from cdpo.training.draws import draw_if_due, pull
 from cdpo.training.evaluation import evaluate, sample
 from cdpo.training.finite import check_weights, nonfinite_error
 from cdpo.training.journal import Journal
@@ -43,6 +44,7 @@ def fit(run: Run) -> State:
         while True:
             if state.evaluated < state.step:
                 evaluate_if_due(run, journal)
+            draw_if_due(run)
             stop = run.session.stop_requested()
             due = state.step > 0 and state.step % run.trainer.checkpoint_every == 0
             if state.step > saved and (due or stop or run.ended):
@@ -123,6 +125,7 @@ def gradient(run: Run, first: bool = True) -> dict[str, float]:
     means, ranks = Means(), run.ranks
     sums = torch.zeros(2, dtype=torch.float64, device=run.device)  # of the objective; of all log-probs
     ranks.on_all(lambda: accumulate(run, first, means, sums), through_model=True)
+    drawn = pull(run, sums) if run.draws else {}
     ranks.add_gradients(run.parameters)
     if run.state.step == 0 and first:
         run.state.first_gradient = Gradient(run.change).norm()
@@ -133,7 +136,7 @@ def gradient(run: Run, first: bool = True) -> dict[str, float]:
         raise nonfinite_error(run, objective, grad_norm)
     if run.trainer.max_grad_norm is not None and grad_norm > run.trainer.max_grad_norm:
         clip_grads_with_norm_(run.parameters, run.trainer.max_grad_norm, norm)
-    return means.reduce(ranks.all_gather) | {"objective": objective, "grad_norm": grad_norm}
+    return means.reduce(ranks.all_gather) | drawn | {"objective": objective, "grad_norm": grad_norm}
 
 
 def accumulate(run: Run, first: bool, means: Means, sums: Tensor) -> None:

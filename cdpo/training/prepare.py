@@ -15,6 +15,7 @@ import torch
 
 from cdpo.batch import Item
 from cdpo.config.schema import Config, Trainer
+from cdpo.constraints.early_stop import EarlyStop
 from cdpo.data.bradley_terry import add_fitted
 from cdpo.data.packing import Scored
 from cdpo.data.rows import Data, Ledger
@@ -29,7 +30,7 @@ from cdpo.system.files import read_json, write_json
 from cdpo.system.progress import Progress
 from cdpo.system.ranks import shard
 from cdpo.system.rng import seed_all
-from cdpo.training.run import Run, plan_of
+from cdpo.training.run import Run, drawing_of, plan_of
 from cdpo.training.scored import Sets, asked, scored_with_reference
 from cdpo.training.session import Session
 
@@ -112,8 +113,8 @@ def tokenised(
 def sets_of(spec: Config, rows: Tokenised, pause: Callable[[], None] = lambda: None) -> Sets:
     """What this loss trains on and what it is judged by.
 
-    Raises DataError if nothing is left to train on, or the loss needs rewards that the data lack; ConfigError for a
-    constraint that cannot act on pairs.
+    Raises DataError if nothing is left to train on, or the loss needs rewards that the data lack; ConfigError for what
+    a constraint cannot do on such data.
     """
     train, held_out, unused = rows.train, rows.held_out, list[Item]()
     fitted = isinstance(spec.loss, OnCandidates) and spec.loss.rewards == "fitted"
@@ -129,23 +130,43 @@ def sets_of(spec: Config, rows: Tokenised, pause: Callable[[], None] = lambda: N
     log.info("data: %d rows read, %d to train on, %d held out", rows.ledgers["read"].rows, len(train), len(held_out))
     if any(item.base is None for item in train):
         _check_pairs(spec, bool(held_out))
+    else:
+        _check_candidates(spec)
     if not held_out:
         log.warning("no rows are held out, so there will be no eval/* and no objective/*; see dataset.eval_size")
-    return Sets(train, held_out, unused)
+    drawing = drawing_of(spec.constraint, train)
+    return Sets(train, held_out, unused, drawing.draw_tokens if drawing else 0)
 
 
 def _check_pairs(spec: Config, held_out: bool) -> None:
     """ConfigError for a loss or constraint on what pairs without rewards neither have nor let be sampled."""
     if getattr(spec.loss, "drawn", None) is not None:
         raise ConfigError("loss.weight=candidates on pairs without rewards: use loss=wpo loss.weight=importance")
+    drawing = [name for name, constraint in spec.constraint.items() if constraint.draws]
+    if len(drawing) > 1:
+        raise ConfigError(f"constraint={' and '.join(drawing)} draw from the policy, each in its own way: keep one")
+    if drawing and spec.trainer.distributed == "fsdp":
+        raise ConfigError(
+            f"constraint={drawing[0]} on pairs without rewards draws from the policy token by token, for which no rank "
+            "has the whole of it: use trainer.distributed=ddp"
+        )
     for name, constraint in spec.constraint.items():
-        if constraint.not_on_pairs:
-            raise ConfigError(f"constraint={name} on pairs without rewards: {constraint.not_on_pairs}")
-        if getattr(constraint, "kl", None) is not None and not (spec.trainer.samples and held_out):
+        if isinstance(constraint, EarlyStop) and constraint.kl is not None and not (spec.trainer.samples and held_out):
             raise ConfigError(
                 f"constraint.{name}.kl on pairs without rewards is sampled from the policy: set trainer.samples=64 "
                 "(prompts held out, each continued once at every evaluation), and hold rows out"
             )
+
+
+def _check_candidates(spec: Config) -> None:
+    """ConfigError for options of draws of the policy, where a KL is known without them."""
+    for name, constraint in spec.constraint.items():
+        for key in ("draws", "draw_every", "draw_tokens"):
+            if getattr(constraint, key) != (default := getattr(type(constraint), key)):
+                raise ConfigError(
+                    f"constraint.{name}.{key}={getattr(constraint, key)} is for pairs without rewards; here the KL is "
+                    f"that on the responses of each prompt: leave it at {default}"
+                )
 
 
 def _check_rewards(items: list[Item]) -> None:

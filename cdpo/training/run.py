@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from cdpo.losses.loss import reward_beta
 from cdpo.model.change import Change
 from cdpo.model.logps import Scorer
 from cdpo.model.moving_reference import MovingReference
+from cdpo.model.sampling import Draws
 from cdpo.optim import AdamW, Exact, FrankWolfe, OptimizerConfig, RMSprop
 from cdpo.system import checkpoint
 from cdpo.system.ranks import sharded_like, whole_tree
@@ -95,6 +96,8 @@ class Run:
         self.change = Change(self.policy)
         self.moving = MovingReference(self.change, self.trainer.sync_mixture)
         self.state = State()
+        self.drawing = drawing_of(self.constraints, items)
+        self.draws: Draws | None = None
         for constraint in self.constraints.values():
             constraint.begin(self.policy, self.change)
 
@@ -108,6 +111,12 @@ class Run:
         step, last = self.state.step, self.plan.steps - 1
         baseline = self.state.baseline if self.reads_baseline else None
         return {"progress": step / last if step < last else 1.0, "baseline": baseline}
+
+
+def drawing_of(constraints: Mapping[str, Constraint], items: Sequence[Item]) -> Constraint | None:
+    """The constraint that acts on draws of the policy, if there is one, as the Items tell nothing of its KL."""
+    bare = any(item.base is None for item in items)
+    return next((one for one in constraints.values() if one.draws), None) if bare else None
 
 
 def plan_of(trainer: Trainer, items: Sequence[Item], seed: int) -> Plan:
@@ -184,6 +193,7 @@ def snapshot(run: Run) -> dict[str, Any]:
         "optimizer": run.optimizer.state_dict(),
         "constraints": {name: constraint.state_dict() for name, constraint in run.constraints.items()},
         "moving": run.moving.state_dict(),
+        "draws": run.draws and run.draws.state_dict(),
         "rng": rng,
         "rng_of_other_ranks": others,
     }
@@ -214,6 +224,8 @@ def restore(run: Run) -> int:
     for name, constraint in run.constraints.items():
         constraint.load_state_dict(saved["constraints"][name])
     run.moving.load_state_dict(saved.get("moving", {}), run.train.items)
+    if saved.get("draws"):
+        run.draws = Draws.restored(saved["draws"], run.train)
     vars(run.state).update(saved["state"])
     rngs = [saved["rng"], *saved.get("rng_of_other_ranks", [])]
     if len(rngs) == run.ranks.size:

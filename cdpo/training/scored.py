@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cdpo.batch import Item
 from cdpo.config.schema import Config
@@ -28,11 +28,16 @@ class Sets(NamedTuple):
     train: list[Item]
     held_out: list[Item]
     unused: list[Item]  # of no use for this loss: without a pair
+    drawn: int = 0  # tokens at most that the policy writes itself after a prompt to train on, for a constraint
 
-    def longest(self) -> int:
-        """Tokens of the longest sequence that a model must take."""
+    def check_lengths(self, model: Any) -> None:
+        """ConfigError if some sequence is longer than the model can take."""
         items = self.train + self.held_out + self.unused
-        return max(len(item.prompt) + len(response) - 1 for item in items for response in item.responses)
+        longest = max(len(item.prompt) + len(response) - 1 for item in items for response in item.responses)
+        check_lengths(model, longest)
+        if self.drawn:
+            longest = max(len(item.prompt) for item in self.train) + self.drawn - 1
+            check_lengths(model, longest, "dataset.max_prompt_tokens + draw_tokens of the constraint")
 
 
 def asked(spec: Config, train: list[Item]) -> list[int]:
@@ -51,7 +56,7 @@ def scored_with_reference(session: Session, scorer: Scorer, sets: Sets) -> tuple
 
     Where all are asked for, what this loss has no use for is too: so every loss asks for the same Items.
     """
-    check_lengths(scorer.model, sets.longest())
+    sets.check_lengths(scorer.model)
     chosen = asked(session.spec, sets.train)
     few = len(chosen) < len(sets.train)
     items = [sets.train[i] for i in chosen] + sets.held_out + ([] if few else sets.unused)

@@ -21,7 +21,6 @@ def settings(path, *more):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["constraint=kl_budget"], "constraint=kl_budget on pairs without rewards: .* gradient"),
         (["constraint=early_stop_kl"], r"constraint.early_stop_kl.kl on pairs .* set trainer.samples=64"),
         (["constraint=early_stop_kl", *DRAWN, "dataset.eval_size=0"], "hold rows out"),
     ],
