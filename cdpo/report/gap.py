@@ -27,6 +27,7 @@ MEASURES = {  # column of a cell -> metric
     "attained": "objective/attained",
     "expected_reward": "objective/expected_reward",
     "kl": "eval/kl/candidates",
+    "kl_sampled": "kl_budget/kl_sampled",
     "accuracy": "eval/rewards/accuracies",
     "margin": "eval/rewards/margins",
     "eval_loss": "eval/loss",

@@ -131,11 +131,12 @@ def worst(statuses: Iterable[str]) -> str:
 
 
 def is_over(row: Mapping[str, Any]) -> bool:
-    """Whether the KL of a run is above the budget of one of its constraints."""
+    """Whether the KL of a run is above the budget of one of its constraints; an estimate by two standard errors."""
     listed = [name for name in names(row["constraint"]) if name.startswith("kl_budget")]
     budgets = [row.get(f"{CONFIG}constraint.{name}.budget") for name in listed]
     least = min((float(budget) for budget in budgets if budget is not None and not is_null(budget)), default=math.inf)
-    return _number(row, "eval/kl/candidates") > (1 + BEYOND) * least
+    low = _number(row, "kl_budget/kl_sampled") - 2 * _number(row, "kl_budget/kl_sampled_stderr")
+    return low > least or _number(row, "eval/kl/candidates") > (1 + BEYOND) * least
 
 
 def mended(command: str, words: str) -> str:

@@ -27,6 +27,11 @@ EQUAL_NORM = (
 ONE = "‡"  # one number, however many seeds
 SAME = f"{ONE} the seeds changed nothing: all runs have the same numbers, and count as one."
 OVER_BUDGET = f"{OVER}: {EXPLAINED[OVER]}."
+KLS = ("kl", "kl_sampled")
+ESTIMATE = (
+    "kl sampled: an estimate, on the last draws of the policy, of its KL up to their cut. It counts as above its "
+    "budget where it is so by two standard errors."
+)
 CERTIFICATES = (
     "The solver's error, apart from the spread over seeds: that of the worst seed. residual: relative, 0 is "
     "stationary; with a supremum what a Newton step would gain counts instead, which the mouse shows. bound: proven, "
@@ -133,10 +138,10 @@ def quality(cells: pd.DataFrame) -> list[Table]:
     rows = []
     for row in cells.to_dict("records"):
         numbers = [short(*written(row, name)) + ONE * row["identical"] for name in known]
-        numbers = [_over(text, name == "kl" and row["over"] > 0) for name, text in zip(known, numbers)]
+        numbers = [_over(text, name in KLS and row["over"] > 0) for name, text in zip(known, numbers)]
         rows.append([*(row[name] for name in fixed), *numbers, *(short(row[name]) for name in several)])
     notes = [SAME] * bool(cells["identical"].any()) + [OVER_BUDGET] * bool(cells["over"].any())
-    notes += [SEARCHES] * bool(several)
+    notes += [ESTIMATE] * ("kl_sampled" in known) + [SEARCHES] * bool(several)
     columns = [name.replace("_", " ") for name in (*fixed, *known, *several)]
     return [Table("", columns, rows, notes, folded=len(rows) > MANY)]
 
@@ -160,13 +165,14 @@ def everything(runs: pd.DataFrame, labelled: pd.DataFrame) -> Table:
     rows = [
         [
             *(text(row[name]) for name in fixed),
-            *(_over(short(row[column]), name == "kl" and is_over(row)) for name, column in shown.items()),
+            *(_over(short(row[column]), name in KLS and is_over(row)) for name, column in shown.items()),
             text(row["command"]),
         ]
         for row in whole.to_dict("records")
     ]
     columns = [*fixed, *(name.replace("_", " ") for name in shown), "command"]
     notes = [OVER_BUDGET] if any(OVER in cell for row in rows for cell in row) else []
+    notes += [ESTIMATE] * ("kl_sampled" in shown)
     return Table("", columns, rows, notes, folded=len(rows) > MANY)
 
 

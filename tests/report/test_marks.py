@@ -250,6 +250,15 @@ def test_a_kl_above_its_budget_is_marked(kl, over):
     assert ("▲: above its budget." in table.notes) == over
 
 
+@pytest.mark.parametrize(("stderr", "over"), [(0.11, False), (0.09, True)])
+def test_a_sampled_kl_is_said_to_be_an_estimate_and_is_over_by_two_errors(stderr, over):
+    more = {"constraint__kl_budget__budget": 0.2, "m_kl_budget__kl_sampled": 0.4}
+    rows = [run("dpo", 0.5, "kl_budget", **more, m_kl_budget__kl_sampled_stderr=stderr)]
+    table = tables.quality(pd.DataFrame(cells(*rows).values()))[0]
+    assert table.rows[0][list(table.columns).index("kl sampled")] == ("0.4 (1) ▲" if over else "0.4 (1)")
+    assert tables.ESTIMATE in table.notes
+
+
 def test_every_run_over_its_budget_is_marked(pages):
     page = (pages / "report.html").read_text()
     assert page.count('<td class="over">0.2') == 3 + 1  # RLHF's 3 seeds with a KL of 0.2 of 0.15, and their mean
