@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from cdpo.batch import Logps
 from cdpo.constraints.constraint import Constraint
 
+KL, SAMPLED = "kl_budget/kl", "kl_budget/kl_sampled"
+
 
 @dataclass
 class KLBudget(Constraint):
@@ -31,7 +33,7 @@ class KLBudget(Constraint):
     draw_every: int = 4  # steps until it draws anew
     draw_tokens: int = 64  # of each draw, at most
     multiplier: float = field(init=False, default=0.0)
-    kl: float = field(init=False, default=0.0)  # of the last step
+    kl: float = field(init=False, default=0.0)  # of the last step; on pairs without rewards of the last draws
 
     not_with_lbfgs = "the multiplier changes the objective from step to step; use optimizer=sgd or adamw"
 
@@ -56,11 +58,11 @@ class KLBudget(Constraint):
 
     def measure(self, logps: Logps) -> dict[str, Tensor]:
         if logps.drawn is not None:
-            return {"kl_budget/kl": logps.drawn - logps.reference}
-        return {} if logps.base is None else {"kl_budget/kl": logps.candidate_kl().detach()}
+            return {SAMPLED: logps.drawn - logps.reference}
+        return {} if logps.base is None else {KL: logps.candidate_kl().detach()}
 
     def after_step(self, model: nn.Module, metrics: Mapping[str, float]) -> None:
-        self.kl = metrics["kl_budget/kl"]
+        self.kl = metrics[SAMPLED if SAMPLED in metrics else KL]
         self.multiplier = max(0.0, self.multiplier + self.rate * (self.kl - self.budget))
 
     def report(self) -> dict[str, float]:
