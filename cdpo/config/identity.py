@@ -17,7 +17,10 @@ NOT_IN_DIGEST = (
 )  # fmt: skip
 NULL = {"trainer.tokens_per_micro_batch": MICRO_BATCH, "trainer.compile": False}  # what null stands for, but on a GPU
 # keys that came later, with the value that changes nothing, at which they are left out: older runs keep their digest
-LATER = {"trainer.sync_reference": None, "trainer.sync_mixture": 1.0}
+LATER = {
+    "trainer.sync_reference": None, "trainer.sync_mixture": 1.0,
+    "constraint.kl_budget.draws": 16, "constraint.kl_budget.draw_every": 4, "constraint.kl_budget.draw_tokens": 64,
+}  # fmt: skip
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:

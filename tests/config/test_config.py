@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from cdpo.config import build as config
 from cdpo.config.help import first_line, groups
-from cdpo.config.identity import digest, run_name
+from cdpo.config.identity import LATER, digest, flat, run_name
 from cdpo.config.schema import NAME, Trainer
 from cdpo.errors import ConfigError
 from cdpo.losses.pairwise import IPO
@@ -134,6 +134,23 @@ def test_the_name_of_a_run_depends_on_what_determines_its_numbers_only():
     others = {digest(composed("loss=dpo", "seed=1", key)) for key in trained if "seed=2" not in key}
     others.add(digest(composed("loss=dpo", "seed=2")))
     assert len(others - {digest(one)}) == len(trained)
+
+
+def test_keys_that_came_later_leave_the_digest_of_older_runs_as_it_was():
+    """At the value that changes nothing a run is that of before the key; at another it is another run."""
+    config = composed("loss=dpo", "constraint=kl_budget")
+    assert LATER.items() <= flat(config).items(), "such a value is a key's default"
+    older = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
+    older["constraint"] = {"kl_budget": dict(config["constraint"]["kl_budget"])}
+    for key in LATER:
+        *path, last = key.split(".")
+        node = older
+        for part in path:
+            node = node[part]
+        del node[last]
+    assert digest(older) == digest(config)
+    for key in LATER:
+        assert digest(composed("loss=dpo", "constraint=kl_budget", f"{key}=0.5")) != digest(config)
 
 
 def test_run_names_are_single_safe_path_components():
