@@ -143,7 +143,7 @@ class Exact:
     """No steps at all: one search for the optimum (`cdpo.exact`), which takes the place of the run's only step."""
 
     learning_rate: None = None  # there is none; models bring one along
-    starts: int = 128
+    starts: int | None = None  # null: 128 on a table, 8 on another model (`config.schema.starts_of`)
     steps: int = 250  # of each start, at most
     tolerance: float = 1e-8  # of the gradient, as a share of its norm at the reference
     epsilon: float = 0.01  # share of the objective's fall within which solutions count as equally good
@@ -154,7 +154,8 @@ class Exact:
     def __post_init__(self) -> None:
         if self.learning_rate is not None:
             raise ValueError(f"learning_rate={self.learning_rate} is not used: a search has none; set it to null")
-        for name, least in (("starts", 1), ("steps", 1), ("tolerance", 0), ("epsilon", 0)):
+        _check("starts", 1 if self.starts is None else self.starts, 1)
+        for name, least in (("steps", 1), ("tolerance", 0), ("epsilon", 0)):
             _check(name, getattr(self, name), least)
 
     def learning_rate_at(self, step: int, steps: int) -> float:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from cdpo.config.schema import MICRO_BATCH
+from cdpo.config.schema import FEW_STARTS, MICRO_BATCH, STARTS, TABLES
 
 # what may change between two launches of one run, because the numbers do not depend on it
 NOT_IN_DIGEST = (
@@ -35,7 +35,8 @@ def trajectory(composed: Mapping[str, Any]) -> dict[str, Any]:
     """What determines the numbers of a run: every key but the free ones, dotted."""
     keys = flat({k: v for k, v in composed.items() if k != "hydra"})
     keys["constraint"] = list(composed["constraint"])  # several act one after another: their order counts
-    keys |= {key: value for key, value in NULL.items() if key in keys and keys[key] is None}
+    null = NULL | {"optimizer.starts": STARTS if keys.get("model._target_") in TABLES else FEW_STARTS}
+    keys |= {key: value for key, value in null.items() if key in keys and keys[key] is None}
     keys = {key: value for key, value in keys.items() if key not in LATER or value != LATER[key]}
     return {k: v for k, v in keys.items() if not any(k == free or k.startswith(f"{free}.") for free in NOT_IN_DIGEST)}
 

@@ -11,6 +11,8 @@ from cdpo.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MICRO_BATCH = 4096  # tokens: enough for a CPU, and what the reference is asked with
+TABLES = ("cdpo.model.Tabular", "cdpo.model.LogLinear")
+STARTS, FEW_STARTS = 128, 8  # of optimizer=exact, on a table and on another model
 COUNTS = (  # keys of the trainer that are whole numbers, from 1 on; those of MAY_BE_0 from 0 on
     "batch_size", "tokens_per_micro_batch", "epochs", "max_steps", "eval_every", "log_every", "checkpoint_every",
     "keep_checkpoints", "samples", "sample_tokens", "certificate_items", "threads", "sync_reference",
@@ -108,6 +110,11 @@ class Config:
     def draw(self) -> int:
         """Seed of everything random but the data: a restart draws it anew."""
         return (self.seed + 1_000_003 * self.restart) % 2**31
+
+
+def starts_of(optimizer: Any, model: str) -> int:
+    """`optimizer.starts` of optimizer=exact, or what null stands for with a model of that class."""
+    return optimizer.starts or (STARTS if model in TABLES else FEW_STARTS)
 
 
 def check_name(name: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from cdpo.exact.policy import Policy
 from cdpo.exact.problem import Table
 from cdpo.exact.setting import Setting
 from cdpo.losses.candidates import RLHF, OnPolicyRegression
@@ -17,26 +18,28 @@ BISECTIONS = 200
 LARGEST = 1e12  # mu, at which the KL is nothing
 
 
-def closed_form(table: Table, loss: Loss, setting: Setting) -> tuple[Tensor, Tensor] | None:
-    """The change of the table at the optimum of RLHF, and mu; None for other losses, settings, longer responses.
+def closed_form(policy: Policy, loss: Loss, setting: Setting) -> tuple[Tensor, Tensor] | None:
+    """The change of a table at the optimum of RLHF, and mu; None for other losses, settings, longer responses.
 
-    And for features that cannot make that optimum.
+    And for features that cannot make that optimum, and for other policies.
 
     [C * V], []
     """
+    if not isinstance(policy, Table):
+        return None
     known = isinstance(loss, (RLHF, OnPolicyRegression)) and setting == Setting(budget=setting.budget)
     fitted = getattr(loss, "rewards", "data") == "fitted"
-    rewards = table.batch.fitted_rewards if fitted else table.batch.rewards
-    tilt = table.placed(rewards) if known and rewards is not None and table.one_token else None
+    rewards = policy.batch.fitted_rewards if fitted else policy.batch.rewards
+    tilt = policy.placed(rewards) if known and rewards is not None and policy.linear else None
     if tilt is None:
         return None
     beta = loss.beta  # type: ignore[attr-defined]
-    if setting.budget is None or _kl(table, tilt / beta) <= setting.budget:
+    if setting.budget is None or _kl(policy, tilt / beta) <= setting.budget:
         return tilt / beta, tilt.new_zeros(())
     low, high = 0.0, LARGEST
     for _ in range(BISECTIONS):
         middle = (low * high) ** 0.5 if low else min(1.0, high / 2)
-        inside = _kl(table, tilt / (beta + middle)) <= setting.budget
+        inside = _kl(policy, tilt / (beta + middle)) <= setting.budget
         low, high = (low, middle) if inside else (middle, high)
         if high - low <= 1e-15 * high:
             break

@@ -15,7 +15,7 @@ from torch import Tensor
 
 Function = Callable[[Tensor], Tensor]  # [S, n] -> [S]
 
-HISTORY = 10  # pairs that L-BFGS remembers
+HISTORY = 10  # pairs that L-BFGS remembers, unless told otherwise
 TRIALS = 30  # of a line search
 ARMIJO, WOLFE = 1e-4, 0.9
 ROUNDING = 1e-14  # relative: values closer than that are equal
@@ -63,7 +63,11 @@ class Descent:
     steps: int
     #: whether the values rank points; where a loss's weights move, only the slope along the step is looked at
     has_values: bool = True
+    history: int = HISTORY
+    smooth: bool = True  # whether the function can be differentiated twice; else Hessians are differences of gradients
     enough: float = 0.0  # what a Newton step has to promise, at least, to be made
+    #: hears how many steps are done, and of how many; where the starts are, and which of them still move
+    tell: Callable[[int, int, Points, Tensor], None] = lambda *_: None
 
 
 def descend(how: Descent, now: Points, move: Callable[[Tensor, Points], tuple[Points, Tensor]]) -> Points:
@@ -72,10 +76,11 @@ def descend(how: Descent, now: Points, move: Callable[[Tensor, Points], tuple[Po
     `move` gets the numbers of the starts and where they are; it returns where they go, and which of them are stuck.
     """
     alive = torch.ones(len(now.x), dtype=torch.bool)
-    for _ in range(how.steps):
+    for step in range(how.steps):
         alive &= ~how.arrived(now)
         if not alive.any():
             break
+        how.tell(step, how.steps, now, alive)
         at = alive.nonzero().flatten()
         there, stuck = move(at, now[at])
         alive[at[stuck]] = False
@@ -88,7 +93,7 @@ def lbfgs(how: Descent, x: Tensor) -> Points:
 
     [S, n] -> S points. Liu and Nocedal 1989.
     """
-    memory = Memory(x)
+    memory = Memory(x, how.history)
 
     def move(at: Tensor, here: Points) -> tuple[Points, Tensor]:
         direction = memory.direction(at, here.gradient)
@@ -103,20 +108,17 @@ def lbfgs(how: Descent, x: Tensor) -> Points:
 class Memory:
     """The last steps and changes of the gradient, start by start: an inverse Hessian in few numbers."""
 
-    def __init__(self, x: Tensor) -> None:
-        self.s = x.new_zeros(HISTORY, *x.shape)
-        self.y, self.rho = torch.zeros_like(self.s), x.new_zeros(HISTORY, len(x))  # rho 0: no pair
+    def __init__(self, x: Tensor, pairs: int) -> None:
+        self.s = x.new_zeros(pairs, *x.shape)
+        self.y, self.rho = torch.zeros_like(self.s), x.new_zeros(pairs, len(x))  # rho 0: no pair
         self.scale = x.new_zeros(len(x))  # 0: nothing is known
         self.failed = torch.zeros(len(x), dtype=torch.long)  # line searches in a row
         self.oldest = 0
 
     def direction(self, at: Tensor, gradient: Tensor) -> Tensor:
         """-H g for the starts `at`, steepest descent where nothing is known. [A, n] -> [A, n]"""
-        order = [
-            (self.oldest - 1 - i) % HISTORY
-            for i in range(HISTORY)
-            if bool((self.rho[self.oldest - 1 - i, at] > 0).any())
-        ]
+        newest_first = [(self.oldest - 1 - i) % len(self.s) for i in range(len(self.s))]
+        order = [i for i in newest_first if bool((self.rho[i, at] > 0).any())]
         q, alphas = gradient.clone(), {}
         for i in order:
             alphas[i] = self.rho[i, at] * (self.s[i, at] * q).sum(1)
@@ -141,7 +143,7 @@ class Memory:
         self.s[slot, at], self.y[slot, at] = s, y
         self.scale[at] = torch.where(kept, curvature / torch.where(kept, size, 1.0), self.scale[at])
         self.failed[at] = 0
-        self.oldest = (slot + 1) % HISTORY
+        self.oldest = (slot + 1) % len(self.s)
 
     def forget(self, at: Tensor) -> None:
         """What is known of the starts `at` has misled them."""

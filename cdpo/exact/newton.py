@@ -26,15 +26,15 @@ def newton(how: Descent, x: Tensor, active: Tensor | None = None) -> Tensor:
     return torch.cat([_solve(how, Points.at(how.function, one[None]), indices).x for one in x])
 
 
-def newton_step(function: Function, x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+def newton_step(how: Descent, x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     """A Newton step, and what it promises: how much lower the parabola there is. [S, n] -> [S, n], [S]
 
     The promise is half the square of the Newton decrement (Boyd and Vandenberghe 2004, 9.5.1), with |H| for H: it does
     not change with the scale of a coordinate, as a gradient's norm does. Where exp(-t) falls towards infinity a step
     has length 1 however far one has come, and promises half of what is left.
     """
-    here = Points.at(function, x)
-    direction = _direction(function, here, active.nonzero().flatten())
+    here = Points.at(how.function, x)
+    direction = _direction(how, here, active.nonzero().flatten())
     return direction, _promised(here, direction)
 
 
@@ -58,9 +58,9 @@ def evened(matrices: Tensor) -> Tensor:
     return scale
 
 
-def _direction(function: Function, here: Points, indices: Tensor) -> Tensor:
+def _direction(how: Descent, here: Points, indices: Tensor) -> Tensor:
     """-|H|^-1 g: down where the curvature is positive, away from saddles where it is not. [S, n]"""
-    curved = hessian(function, here.x, indices)
+    curved = hessian(how.function, here.x, indices) if how.smooth else _differences(how, here, indices)
     scale = evened(curved)
     curvature, axes = torch.linalg.eigh(scale[:, :, None] * curved * scale[:, None])
     largest = curvature.abs().amax(1, keepdim=True).clamp(min=1e-300)
@@ -78,7 +78,7 @@ def _descend(how: Descent, x: Tensor, indices: Tensor) -> Points:
     """Newton steps, none much longer than x, for as long as they lower the function by enough."""
 
     def move(at: Tensor, here: Points) -> tuple[Points, Tensor]:
-        direction = _direction(how.function, here, indices)
+        direction = _direction(how, here, indices)
         length, longest = (torch.linalg.vector_norm(one, dim=1) for one in (direction, here.x))
         share = (LONGEST * longest.clamp(min=1.0) / length.clamp(min=1e-300)).clamp(max=1.0)
         there, moved = backtrack(how, here, share[:, None] * direction)
@@ -93,6 +93,12 @@ def jacobian(how: Descent, here: Points, indices: Tensor) -> Tensor:
     moved = here.x.repeat(len(indices), 1)
     moved[torch.arange(len(indices)), indices] += step
     return ((value_and_gradient(how.function, moved)[1] - here.gradient)[:, indices] / step).mT
+
+
+def _differences(how: Descent, here: Points, indices: Tensor) -> Tensor:
+    """Hessians of a function that can be differentiated once, at each of S points. [S, m, m]"""
+    curved = torch.stack([jacobian(how, here[i], indices) for i in torch.arange(len(here.x))[:, None]])
+    return (curved + curved.mT) / 2
 
 
 def _solve(how: Descent, here: Points, indices: Tensor) -> Points:

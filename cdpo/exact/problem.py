@@ -1,43 +1,40 @@
-"""A loss on a table of logits as one function of the change, for many starts at once.
+"""A loss on a policy as one function of the change, for many starts at once; and the policy that is a table of logits.
 
-Knows the table, the loss and what is added to it; nothing of sets, steps or files. All numbers are float64.
+Knows the policy, the loss and what is added to it; nothing of sets, steps or files. All numbers are float64.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from cdpo.batch import Batch, Logps
+from cdpo.exact.policy import Policy
+from cdpo.exact.products import Product
 from cdpo.losses.loss import Loss, per_unit, unit_weight
 
 
 @dataclass(frozen=True)
-class Table:
-    """A policy that is a table of C contexts by V symbols, [C, V], at its start, and one batch of all the data.
+class Table(Policy):
+    """A policy that is a table of C contexts by V symbols: its start is [C, V].
 
-    With features the logits are fixed + features @ table, and the table has a row per feature. S starts at once are S
-    copies of the data, whose Items are numbered on: so a loss needs to know nothing of them.
+    With features the logits are fixed + features @ table, and the table has a row per feature.
     """
 
-    start: Tensor  # [C, V]; of the reference
-    batch: Batch
     fixed: Tensor | float = 0.0  # [contexts, V]; logits beside those of the features
     features: Tensor | None = None  # [contexts, C]; None: the table holds the logits themselves
-    copies: dict[int, Logps] = field(default_factory=dict, compare=False)  # of the data, by their number
 
-    @property
-    def size(self) -> int:
-        """Numbers in the table."""
-        return self.start.numel()
+    quick = True
 
     def policy(self, change: Tensor) -> Tensor:
         """log pi(y|x) of all responses, in nats. [S, C * V] -> [S, responses]"""
         tokens = self.logits(change).log_softmax(-1)
         picked = tokens[:, self.context(), self.batch.target]
-        if self.one_token:
+        if self.linear:
             return picked
         owner = torch.repeat_interleave(self.batch.length)
         return picked.new_zeros(len(picked), len(self.batch.length)).index_add(1, owner, picked)
@@ -48,8 +45,8 @@ class Table:
         return table if self.features is None else self.fixed + self.features @ table
 
     @property
-    def one_token(self) -> bool:
-        """Whether every response is one token, so that margins are linear in the table: the normaliser cancels."""
+    def linear(self) -> bool:
+        """Whether every response is one token, so that the normaliser cancels in margins."""
         return bool((self.batch.length == 1).all())
 
     def context(self) -> Tensor:
@@ -78,90 +75,110 @@ class Table:
             return (self.features[self.context()] != 0).any(0).to(self.start)
         return torch.zeros_like(self.start[:, 0]).index_fill(0, self.context(), 1.0)
 
-    def kl(self, change: Tensor) -> Tensor:
-        """Mean KL to the reference over the Items, each on its candidates, nats. [S, C * V] -> [S]"""
-        return self.logps(change).candidate_kl().view(len(change), -1).mean(1)
+    def products(self, rank: int, scaling: float) -> tuple[Product, ...]:
+        rows, columns = self.start.shape
+        return (Product((rows, columns), rank, scaling, transposed=True),)
 
-    def logps(self, change: Tensor) -> Logps:
-        """What a loss is given of S policies, as S copies of the data; training is over, so progress is 1."""
-        policy, copies = self.policy(change), self.copies
-        if len(policy) not in copies:
-            one = self.batch.logps(self.batch.reference, progress=1.0, baseline=None)
-            copies[len(policy)] = Logps.joined([one] * len(policy))
-        return replace(copies[len(policy)], policy=policy.flatten())
+    def moved(self, products: Sequence[Product]) -> Tensor:
+        """All but those of rows that no data come to."""
+        if not products:
+            return self.used().repeat_interleave(self.start.shape[1]) > 0
+        return torch.cat([self.used().repeat(products[0].rank), torch.ones(products[0].rank * self.start.shape[1])]) > 0
+
+    def spread(self, drawn: Tensor) -> Tensor:
+        """Without what changes no probability."""
+        table = drawn.view(-1, *self.start.shape) * self.used()[:, None]
+        return (table - table.mean(-1, keepdim=True)).flatten(1)
+
+    def spread_factors(self, drawn: Tensor, products: Sequence[Product]) -> Tensor:
+        wide, tall = products[0].factors(drawn)
+        wide, tall = wide * self.used(), tall - tall.mean(1, keepdim=True)
+        return torch.cat([wide.flatten(1), tall.flatten(1)], dim=1)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """f(x) for S points at once: the mean of a loss over the data, with what is added to it, on a table.
+    """f(x) for S points at once: the mean of a loss over the data, with what is added to it, of a policy.
 
-    x are the numbers that are trained: the change of the table itself, or the factors of one of rank `rank`.
+    x are the numbers that are trained: the change of the policy itself, or the factors of one of rank `rank`.
     """
 
-    table: Table
+    policy: Policy
     loss: Loss
     rank: int | None = None  # of the change; None: the change is free
     scaling: float = 1.0  # of the product of the factors
-    decay: float = 0.0  # decay / 2 * ||trained numbers||^2: of the table, or of its factors
+    decay: float = 0.0  # decay / 2 * ||trained numbers||^2: of matrices, or of their factors
+    vector_decay: float = 0.0  # the same of all else
     pull: float = 0.0  # pull / 2 * ||change||^2
 
+    @property
+    def table(self) -> Table:
+        """The policy, where it is one."""
+        assert isinstance(self.policy, Table)
+        return self.policy
+
+    @cached_property
+    def products(self) -> tuple[Product, ...]:
+        """The factors of each weight; none where the change is free."""
+        return () if self.rank is None else self.policy.products(self.rank, self.scaling)
+
     def change(self, x: Tensor) -> Tensor:
-        """theta - theta_0. [S, n] -> [S, C * V]"""
-        if self.rank is None:
+        """theta - theta_0. [S, n] -> [S, numbers]"""
+        if not self.products:
             return x
-        wide, tall = self.factors(x)
-        return self.scaling * (tall @ wide).mT.flatten(1)
+        parts = x.split([one.size for one in self.products], dim=1)
+        return torch.cat([one.change(part) for one, part in zip(self.products, parts)], dim=1)
 
     def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """A and B of the adapter, as peft has them for an embedding. [S, n] -> [S, r, C], [S, V, r]"""
-        contexts, symbols = self.table.start.shape
-        assert self.rank is not None
-        wide, tall = x.split([self.rank * contexts, symbols * self.rank], dim=1)
-        return wide.view(-1, self.rank, contexts), tall.view(-1, symbols, self.rank)
+        """A and B of the adapter of a table. [S, n] -> [S, r, C], [S, V, r]"""
+        return self.products[0].factors(x)
 
     def factorised(self, change: Tensor) -> Tensor:
-        """x whose change is the nearest of this rank, factors of equal size. [S, C * V] -> [S, n]"""
-        if self.rank is None:
+        """x whose change is the nearest of this rank, factors of equal size. [S, numbers] -> [S, n]"""
+        if not self.products:
             return change
-        u, s, v = torch.linalg.svd(change.view(-1, *self.table.start.shape), full_matrices=False)
-        rank = min(self.rank, s.shape[1])
-        root = (s[:, :rank] / self.scaling).sqrt()
-        wide, tall = root[:, :, None] * u[:, :, :rank].mT, v[:, :rank].mT * root[:, None]
-        extra = self.rank - rank  # a rank beyond the table's own: those factors stay zero
-        wide, tall = (torch.nn.functional.pad(wide, (0, 0, 0, extra)), torch.nn.functional.pad(tall, (0, extra)))
-        return torch.cat([wide.flatten(1), tall.flatten(1)], dim=1)
+        parts = change.split([math.prod(one.shape) for one in self.products], dim=1)
+        return torch.cat([one.nearest(part) for one, part in zip(self.products, parts)], dim=1)
 
-    def moved(self, x: Tensor) -> Tensor:
-        """Which numbers of points that begin with x can change the loss at all. [S, m] -> [m]"""
-        used = self.table.used()[:, None].expand_as(self.table.start)
-        if self.rank is not None:
-            used = torch.cat([self.table.used().repeat(self.rank), torch.ones(self.size - self.rank * len(used))])
-        return torch.nn.functional.pad(used.flatten() > 0, (0, x.shape[1] - self.size))
+    def spread(self, drawn: Tensor, size: float) -> Tensor:
+        """Draws from the normal distribution as points to begin from, whose changes have about this size.
+
+        [S, n] -> [S, n]
+        """
+        if self.rank is None:
+            return size * self.policy.spread(drawn)
+        return self.policy.spread_factors(drawn * (size / self.scaling) ** 0.5 / 2, self.products)
+
+    def moved(self) -> Tensor:
+        """Which numbers of x can change the loss at all. [n]"""
+        return self.policy.moved(self.products)
 
     @property
     def size(self) -> int:
         """Numbers of x."""
-        return self.table.size if self.rank is None else self.rank * sum(self.table.start.shape)
+        return sum(one.size for one in self.products) if self.products else self.policy.size
 
     def __call__(self, x: Tensor) -> Tensor:
         """f at every point. [S, n] -> [S]"""
         change = self.change(x)
         total = self.shares(change).sum(1)
-        if self.decay:
-            trained = x if self.rank is not None else self.table.start.flatten() + x
-            total = total + self.decay / 2 * trained.square().sum(1)
+        if self.decay or self.vector_decay:
+            trained = x if self.products else self.policy.start.flatten() + x
+            matrices = (self.policy.matrices | bool(self.products)).double()
+            strength = self.decay * matrices + self.vector_decay * (1 - matrices)
+            total = total + (strength / 2 * trained.square()).sum(1)
         return total + self.pull / 2 * change.square().sum(1) if self.pull else total
 
     def shares(self, change: Tensor) -> Tensor:
-        """What each pair or Item adds to the mean of the loss. [S, C * V] -> [S, units]"""
-        logps = self.table.logps(change)
+        """What each pair or Item adds to the mean of the loss. [S, numbers] -> [S, units]"""
+        logps = self.policy.logps(change)
         value, weight = per_unit(self.loss, logps), unit_weight(self.loss, logps)
         value, weight = (one.view(len(change), -1) for one in (value, weight))
         return value * weight / weight[0].sum()
 
     def free(self) -> Objective:
         """The same without a rank and without what is added to the loss."""
-        return replace(self, rank=None, decay=0.0, pull=0.0)
+        return Objective(self.policy, self.loss)
 
 
 def norms(x: Tensor) -> Tensor:

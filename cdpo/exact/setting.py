@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cdpo.constraints.bias_only import BiasOnly
 from cdpo.constraints.constraint import Constraint
+from cdpo.constraints.freeze import Freeze
 from cdpo.constraints.kl_budget import KLBudget
 from cdpo.constraints.l2_ball import L2Ball
 from cdpo.constraints.l2_to_start import L2ToStart
@@ -19,11 +21,12 @@ from cdpo.constraints.weight_decay import WeightDecay
 from cdpo.errors import ConfigError
 
 BISECTIONS = 100
+AT, OUTSIDE = 1e-9, 1.5  # share of a size within which it is at its limit; times that limit is well beyond it
 
 
 @dataclass
 class Setting:
-    """The set that the change of a table must lie in, and what is added to the loss. The defaults restrict nothing."""
+    """The set that the change of a policy must lie in, and what is added to the loss. The defaults restrict nothing."""
 
     rank: int | None = None
     scaling: float = 1.0
@@ -31,7 +34,8 @@ class Setting:
     box: float | None = None  # of the L-infinity ball
     k: int | None = None  # numbers that may differ
     budget: float | None = None  # of the KL, in nats per Item
-    decay: float = 0.0
+    decay: float = 0.0  # of matrices and of factors
+    vector_decay: float = 0.0  # of biases and norms
     pull: float = 0.0
 
     @property
@@ -52,6 +56,12 @@ class Setting:
             return change * (self.radius / torch.linalg.vector_norm(change, dim=1, keepdim=True)).clamp(max=1.0)
         return _in_ball_and_box(change, self.radius, self.box)
 
+    def beyond(self, change: Tensor) -> Tensor:
+        """Points that `project` brings to these, of which it holds what lies at the boundary. [S, n] -> [S, n]"""
+        size = change.abs() if self.box is not None else torch.linalg.vector_norm(change, dim=1, keepdim=True)
+        limit = self.radius if self.box is None else self.box
+        return torch.where(size >= (1 - AT) * (limit or torch.inf), OUTSIDE * change, change)
+
 
 def _in_ball_and_box(change: Tensor, radius: float, box: float) -> Tensor:
     """The nearest point of both is clamp(share * change) for the largest share in [0, 1] that fits. [S, n] -> [S, n]"""
@@ -66,7 +76,7 @@ def _in_ball_and_box(change: Tensor, radius: float, box: float) -> Tensor:
 
 
 def setting_of(constraints: Mapping[str, Constraint], size: int) -> Setting:
-    """What these constraints mean for a table of `size` numbers.
+    """What these constraints mean for a policy of which `size` numbers are trained.
 
     Raises ConfigError, by name, where one has no set of policies, or no solver here knows it.
     """
@@ -94,8 +104,11 @@ def _meaning(name: str, constraint: Constraint, size: int) -> Iterator[tuple[str
             yield "budget", constraint.budget
         case WeightDecay():
             yield "decay", constraint.strength
+            yield "vector_decay", 0.0 if constraint.matrices_only else constraint.strength
         case L2ToStart():
             yield "pull", constraint.strength
+        case Freeze() | BiasOnly():  # fewer numbers change, and these alone are looked at
+            pass
         case _:
             reason = constraint.no_optimum or "no solver here knows it"
             raise ConfigError(f"optimizer=exact with constraint={name}: {reason}; use optimizer=adamw")
@@ -103,7 +116,7 @@ def _meaning(name: str, constraint: Constraint, size: int) -> Iterator[tuple[str
 
 def _both(key: str, one: float, other: float) -> float:
     """Two constraints of one kind: penalties add, of sets the smaller counts."""
-    return one + other if key in ("decay", "pull") else min(one, other)
+    return one + other if key in ("decay", "vector_decay", "pull") else min(one, other)
 
 
 def _check(setting: Setting) -> None:

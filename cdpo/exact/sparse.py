@@ -1,6 +1,7 @@
 """At most k numbers of the change differ from zero: supports are guessed, solved on, and improved by exchanges.
 
-Blumensath and Davies 2009 (hard thresholding); exchanges of single numbers, tried many at once, are ours.
+Blumensath and Davies 2009 (hard thresholding); Foucart 2011, who solves on every support. Exchanges of single numbers,
+tried many at once, and of shares of a support are ours.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ Solver = Callable[..., Tensor]  # of a function, points and perhaps `steps`; min
 OUT, IN = 6, 6  # numbers of the support, and beside it, that exchanges are tried with: all pairs of them
 EXCHANGES = 60  # at most
 SKETCH = 25  # steps that tell which exchange is best
+SWAPPED, TRIED = 0.5, 80  # share of a support that is exchanged first; steps that tell whether the new one is better
 
 
 def largest(x: Tensor, k: int) -> Tensor:
@@ -68,3 +70,32 @@ def exchanges(function: Function, x: Tensor) -> Tensor:
     tried[rows, pairs[:, 0]] = 0.0
     tried[rows, pairs[:, 1]] = -1e-3 * gradient[0, pairs[:, 1]].sign()
     return tried
+
+
+def swapped(function: Function, solve: Solver, x: Tensor, most: int) -> Tensor:
+    """The same with few values: exchange a share of each support at once, smaller shares where that gains nothing.
+
+    At most so often; then solve on the best supports. [S, n] -> [S, n]
+    """
+    tried_on = partial(solve, steps=TRIED)
+    x = polished(function, tried_on, x)
+    values, count = function(x), (SWAPPED * (x != 0).sum(1)).long().clamp(min=1)
+    for _ in range(most):
+        if not bool(count.any()):
+            break
+        tried = polished(function, tried_on, torch.cat([_swap(function, *one) for one in zip(x[:, None], count)]))
+        now = function(tried)
+        better = now < values - 1e-12 * values.abs()
+        x, values = torch.where(better[:, None], tried, x), torch.where(better, now, values)
+        count = torch.where(better, count, count // 2)
+    return polished(function, solve, x)
+
+
+def _swap(function: Function, x: Tensor, count: Tensor) -> Tensor:
+    """x with so many of the smallest numbers of its support put back, and the steepest ones moved. [1, n] -> [1, n]"""
+    _, gradient = value_and_gradient(function, x)
+    k = int(count)
+    leave = torch.where(x != 0, x.abs(), torch.inf).topk(k, largest=False).indices
+    enter = torch.where(x == 0, gradient.abs(), 0.0).topk(k).indices
+    moved = -1e-3 * gradient.gather(1, enter).sign()
+    return x.scatter(1, leave, 0.0).scatter(1, enter, moved)

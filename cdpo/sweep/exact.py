@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cdpo.config.schema import TABLES
 from cdpo.config.task import Task
 
 HOW = ("optimizer", "trainer.max_steps", "trainer.epochs", "trainer.batch_size", "trainer.max_grad_norm")
-TABLES = ("cdpo.model.Tabular", "cdpo.model.LogLinear")
 
 
 def told(overrides: Sequence[str], config: Any) -> bool:

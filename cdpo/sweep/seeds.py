@@ -43,8 +43,9 @@ def draws(composed: Mapping[str, Any]) -> bool:
     exact = all(target[part] in names for part, names in EXACT.items()) and target["loss"].startswith("cdpo.losses.")
     kinds = [str(keys.get(f"constraint.{name}._target_")) for name in composed["constraint"]]
     exact &= all(kind.startswith("cdpo.constraints.") and kind not in DRAWN for kind in kinds)
-    drawn = ("dataset.pairs", "dataset.eval_pairs", "trainer.samples", "study", "study._target_", "optimizer.starts")
-    return not exact or any(keys.get(key) for key in drawn) or not _full_batch(keys)
+    drawn = ("dataset.pairs", "dataset.eval_pairs", "trainer.samples", "study", "study._target_")
+    searched = "optimizer.starts" in keys  # where null stands for some
+    return not exact or searched or any(keys.get(key) for key in drawn) or not _full_batch(keys)
 
 
 def _full_batch(keys: Mapping[str, Any]) -> bool:

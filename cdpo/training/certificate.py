@@ -25,13 +25,14 @@ import torch
 from torch import Tensor
 
 from cdpo.batch import Logps
+from cdpo.config.schema import starts_of
 from cdpo.constraints.constraint import Constraint
 from cdpo.data.packing import by_tokens
 from cdpo.losses.candidates import RLHF
 from cdpo.losses.loss import per_unit, unit_weight
 from cdpo.model.gradient import Gradient
 from cdpo.model.tabular import Tabular
-from cdpo.training.checks import solvable
+from cdpo.training.checks import small_enough, solvable
 from cdpo.training.run import Run
 from cdpo.training.swap import gained_by_swap
 
@@ -231,14 +232,15 @@ def proven(run: Run, metrics: Mapping[str, float]) -> str:
 
 def mend(run: Run, status: str) -> str:
     """What to add to the command, so that an optimum is found, or is searched for harder; "" where there is nothing."""
+    composed = run.session.task.composed
     if status == "certified":
         return ""
     if run.searches:
         how: Any = run.optimizer_config
         few = run.state.search.get("ranked_by") == "J"  # of the starts are used, however many there are
-        harder = "" if few else f"optimizer.starts={4 * how.starts}"
+        harder = "" if few else f"optimizer.starts={4 * starts_of(how, composed['model']['_target_'])}"
         return harder if status == "searched" else f"optimizer.steps={4 * how.steps}"
-    if isinstance(run.session.spec.model, Tabular) and solvable(run.session.task.composed):
+    if small_enough(run.session.spec, run.policy) and solvable(composed):
         return "optimizer=exact trainer.max_steps=1 trainer.batch_size=null"  # whatever the command says of these
     if status == "searched":
         return ""

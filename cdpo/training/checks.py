@@ -17,6 +17,8 @@ from cdpo.exact.setting import setting_of
 from cdpo.model.tabular import Tabular
 from cdpo.optim import LBFGS, Exact, FrankWolfe
 
+LARGEST = 1_000_000  # numbers of a model that optimizer=exact searches: 8 starts take 2 GB, a step of each seconds
+
 
 def checked(composed: dict[str, Any]) -> Config:
     """A config's objects, checked as far as no data is needed. Raises ConfigError."""
@@ -69,9 +71,7 @@ def _check_drawn(spec: Config) -> None:
 def _check_exact(spec: Config) -> None:
     """ConfigError for what optimizer=exact cannot solve."""
     if not isinstance(spec.model, Tabular):
-        raise ConfigError(
-            "optimizer=exact solves model=tabular and loglinear; for other models use optimizer=lbfgs or adamw"
-        )
+        _check_searched(spec)
     if spec.trainer.max_steps != 1 or spec.trainer.distributed != "none":
         raise ConfigError(
             "optimizer=exact takes one step, the whole search: leave trainer.max_steps=1, distributed=none"
@@ -85,6 +85,34 @@ def _check_exact(spec: Config) -> None:
     if reason := next((why for name, why in reasons.items() if getattr(spec.loss, name, False)), None):
         raise ConfigError(f"optimizer=exact: this loss {reason}; use optimizer=adamw")
     setting_of(spec.constraint, size=1)
+
+
+def _check_searched(spec: Config) -> None:
+    """ConfigError for what optimizer=exact cannot solve on a model that is no table."""
+    reasons = []
+    if getattr(spec.model, "dtype", None) != "float64":
+        reasons.append("it searches a model in float64: set model.dtype=float64, or use optimizer=lbfgs or adamw")
+    if spec.trainer.gradient_checkpointing or spec.trainer.compile:
+        reasons.append("set trainer.gradient_checkpointing=false trainer.compile=false: it puts weights in their place")
+    balls = [name for name, one in spec.constraint.items() if getattr(one, "per_tensor", False)]
+    reasons += [f"no solver here knows constraint.{name}.per_tensor=true; set it to false" for name in balls]
+    if reasons:
+        raise ConfigError("optimizer=exact:\n  " + "\n  ".join(reasons))
+
+
+def small_enough(spec: Config, policy: Any) -> bool:
+    """Whether optimizer=exact searches a policy of that size, adapted or not: L-BFGS keeps 20 copies for each start."""
+    numbers = sum(one.numel() for name, one in policy.named_parameters() if "lora_" not in name)
+    return isinstance(spec.model, Tabular) or numbers <= LARGEST
+
+
+def check_small(spec: Config, policy: Any) -> None:
+    """ConfigError for a policy that is too large for optimizer=exact."""
+    if isinstance(spec.optimizer, Exact) and not small_enough(spec, policy):
+        raise ConfigError(
+            f"optimizer=exact searches models of at most {LARGEST:,} numbers, and this one has more: use a smaller "
+            "model, or optimizer=lbfgs or adamw"
+        )
 
 
 def _check_lbfgs(spec: Config) -> None:

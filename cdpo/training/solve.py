@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,14 +16,20 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cdpo.batch import Batch, Logps
+from cdpo.config.schema import starts_of
 from cdpo.constraints.kl_budget import KLBudget
 from cdpo.exact.closed_form import closed_form
+from cdpo.exact.network import Network
+from cdpo.exact.policy import Policy
 from cdpo.exact.problem import Table, norms
-from cdpo.exact.search import Effort, Searches, moves, search
+from cdpo.exact.products import Product
+from cdpo.exact.search import objective_of, search
 from cdpo.exact.setting import Setting, setting_of
+from cdpo.exact.solver import Effort, Searches, moves
 from cdpo.losses.candidates import RLHF
 from cdpo.measure.objective import attained, objective
 from cdpo.model.change import factors
+from cdpo.model.tabular import Tabular
 from cdpo.system.files import write_atomic, write_csv
 from cdpo.training.run import Run
 
@@ -37,17 +44,19 @@ def solve(run: Run) -> None:
     what the starts before them came to still counts.
     """
     how: Any = run.optimizer_config
-    table, setting = table_of(run), setting_of(run.constraints, run.change.trainable())
-    begun = known_solutions(run)
-    effort = Effort(0 if begun else how.starts, how.steps, how.tolerance, run.plan.seed)
-    found = search(table, run.loss, setting, effort, begun | ideal(run, table))
-    shares = attained_by(table, found.change, run.objective_beta)
+    policy, setting = policy_of(run), setting_of(run.constraints, run.change.trainable())
+    begun = known_solutions(run, policy.size)
+    starts = 0 if begun else starts_of(how, run.session.task.composed["model"]["_target_"])
+    effort = Effort(starts, how.steps, how.tolerance, run.plan.seed)
+    with run.change.at_start():
+        found = search(policy, run.loss, setting, effort, begun | ideal(run, policy))
+        shares = attained_by(policy, found.change, run.objective_beta)
     by_objective = shares is None or not moves(run.loss)
     best = int((found.value if by_objective else -shares).argmin())  # type: ignore[operator]
-    put(run, found, best)
+    put(run, found, best, objective_of(policy, run.loss, setting).products)
     before, name = earlier(run, bool(begun)), run.directory.path.name
     rows = joined(before, rows_of(found, shares), by_objective, name)
-    solution = save({"change": found.change[best].reshape(table.start.shape).contiguous()})
+    solution = save({"change": found.change[best].reshape(policy.start.shape).contiguous()})
     run.ranks.from_first(lambda: write_csv(run.directory.searches, rows))
     run.ranks.from_first(lambda: write_atomic(run.directory.solution, solution))
     fall = found.at_start - float(found.value[best]) if by_objective else 1.0
@@ -60,6 +69,13 @@ def solve(run: Run) -> None:
     }
 
 
+def policy_of(run: Run) -> Policy:
+    """The run's policy as a function of its weights: the table that it is, or the model itself."""
+    if isinstance(run.session.spec.model, Tabular):
+        return table_of(run)
+    return Network.of(run.scorer, run.change, run.train, run.trainer.micro_batch, run.session.pause)
+
+
 def table_of(run: Run) -> Table:
     """The policy's table where it started, the features that it is read by if it has some, and all of the data."""
     plain = [start for _, _, start in run.change.plain()]
@@ -70,25 +86,27 @@ def table_of(run: Run) -> Table:
     return Table(start.double(), batch, by_name.get("fixed", 0.0), by_name.get("features"))
 
 
-def known_solutions(run: Run) -> dict[str, Tensor]:
-    """Changes to begin from besides, which another run has left: optima of other losses on the same problem."""
+def known_solutions(run: Run, size: int) -> dict[str, Tensor]:
+    """Changes of so many numbers to begin from besides, which other runs have left. Some may adapt other weights."""
     path = run.directory.starts
     if not path.is_file():
         return {}
-    return {f"{HANDED_OVER}{name}": change.double().flatten() for name, change in sorted(load_file(path).items())}
+    found = {name: change.double().flatten() for name, change in sorted(load_file(path).items())}
+    return {f"{HANDED_OVER}{name}": change for name, change in found.items() if len(change) == size}
 
 
-def ideal(run: Run, table: Table) -> dict[str, Tensor]:
+def ideal(run: Run, policy: Policy) -> dict[str, Tensor]:
     """The optimum of J without a constraint, where solutions are ranked by J because the loss's value ranks none."""
     if not moves(run.loss):
         return {}
-    known = closed_form(table, RLHF(beta=run.objective_beta), Setting())
+    known = closed_form(policy, RLHF(beta=run.objective_beta), Setting())
     return {} if known is None else {"optimum of J": known[0]}
 
 
-def attained_by(table: Table, change: Tensor, beta: float) -> Tensor | None:
-    """Share of what J can gain, of every change; None without rewards. [S, C * V] -> [S]"""
-    logps: Logps = table.logps(change)
+@torch.no_grad()
+def attained_by(policy: Policy, change: Tensor, beta: float) -> Tensor | None:
+    """Share of what J can gain, of every change; None without rewards. [S, numbers] -> [S]"""
+    logps: Logps = policy.logps(change)
     if logps.rewards is None:
         return None
     columns = objective(logps, beta)
@@ -97,15 +115,16 @@ def attained_by(table: Table, change: Tensor, beta: float) -> Tensor | None:
 
 
 @torch.no_grad()
-def put(run: Run, found: Searches, best: int) -> None:
+def put(run: Run, found: Searches, best: int, products: Sequence[Product]) -> None:
     """The policy gets the change of that start."""
-    for _, parameter, start in run.change.plain():
-        parameter.copy_(start + found.change[best].view_as(start))
-    for layer in run.change.adapted.values():
-        tall, wide = factors(layer)
-        first, second = found.x[best].split([wide.numel(), tall.numel()])
-        wide.copy_(first.view_as(wide))
-        tall.copy_(second.view_as(tall))
+    plain, adapted = list(run.change.plain()), list(run.change.adapted.values())
+    changes = found.change[best].split([start.numel() for _, _, start in plain]) if plain else ()
+    for (_, parameter, start), change in zip(plain, changes):
+        parameter.copy_(start + change.view_as(start).to(start))
+    parts = found.x[best][None].split([one.size for one in products], dim=1) if products else ()
+    for layer, product, part in zip(adapted, products, parts):
+        for factor, value in zip(factors(layer), reversed(product.factors(part))):
+            factor.copy_(value[0])
     for constraint in run.constraints.values():
         if isinstance(constraint, KLBudget):
             constraint.multiplier = float(found.multiplier[best])

@@ -98,7 +98,7 @@ def test_newton_where_the_optimum_lies_at_infinity():
 
     start = torch.tensor([[1.0, 1e-3, 1e3]], dtype=torch.float64)
     everywhere = torch.ones(3, dtype=torch.bool)
-    step, promised = newton_step(falling, start, everywhere)
+    step, promised = newton_step(Descent(falling, never, 1), start, everywhere)
     torch.testing.assert_close(scale * step, torch.ones_like(step))
     assert promised.item() == pytest.approx(falling(start).item() / 2, rel=1e-9)
     x = newton(Descent(falling, never, 60, enough=1e-8), start)

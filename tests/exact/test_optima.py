@@ -9,7 +9,8 @@ from exact_worlds import EXACT, limited, problem, solved, world
 from independent_gap import LOSSES, World, optimum
 
 from cdpo.exact.problem import Objective
-from cdpo.exact.search import Solver, search
+from cdpo.exact.search import search
+from cdpo.exact.solver import Solver
 
 SETS = [("none", 0.0), ("ball", 1.5), ("box", 0.4), ("penalty", 0.05), ("kl", 0.1), ("rank", 1), ("rank", 2)]
 FAST = [("dpo", "ball", 1.5), ("ipo", "box", 0.4), ("rlhf", "kl", 0.1), ("rlhf", "ball", 1.5), ("dpo", "rank", 1)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from composing import composed
+from composing import composed, train
 from exact_worlds import EXACT
 
 from cdpo.constraints.constraint import Constraint
@@ -16,14 +16,19 @@ from cdpo.errors import ConfigError
 from cdpo.exact.setting import Setting, setting_of
 from cdpo.training.checks import checked
 
+DOUBLE = ("model=tiny", "model.dtype=float64")
 REFUSED = {  # overrides, and what the message names
     "early_stop": (["constraint=early_stop_kl"], "constraint=early_stop_kl: early stopping is a point on the path"),
     "dropout": (["constraint=dropout"], "constraint=dropout: dropout is noise"),
-    "freeze": (["constraint=freeze"], "constraint=freeze: no solver here knows it; use optimizer=adamw"),
     "dora": (["constraint=lora_r2", "constraint.lora_r2.dora=true"], "constraint=lora_r2"),
     "sparse_in_a_ball": (["constraint=[sparse_topk,l2_ball]"], "sparse_topk with another set"),
     "sparse_in_a_budget": (["constraint=[sparse_topk,kl_budget]"], "sparse_topk with another set"),
-    "other_models": (["model=tiny"], "optimizer=exact solves model=tabular"),
+    "float32": (["model=tiny"], "it searches a model in float64: set model.dtype=float64, or use optimizer=lbfgs"),
+    "checkpointing": ([*DOUBLE, "trainer.gradient_checkpointing=true"], "set trainer.gradient_checkpointing=false"),
+    "ball_per_tensor": (
+        [*DOUBLE, "constraint=l2_ball", "constraint.l2_ball.per_tensor=true"],
+        "no solver here knows constraint.l2_ball.per_tensor=true",
+    ),
     "more_steps": (["trainer.max_steps=2"], "leave trainer.max_steps=1"),
     "baseline": (["loss=bco"], "this loss reads means of earlier steps"),
     "kinks": (["loss=hinge"], "this loss has corners"),
@@ -57,3 +62,10 @@ def test_of_two_of_a_kind_the_smaller_set_counts_and_penalties_add():
     for balls in ({"a": L2Ball(2.0), "b": L2Ball(1.0)}, {"a": L2Ball(1.0), "b": L2Ball(2.0)}):
         assert setting_of({**balls, **penalties}, size=4) == Setting(radius=1.0, pull=1.25)
     assert setting_of({"lora": LoRA(rank=4, alpha=1.0)}, size=4) == Setting(rank=4, scaling=0.25)
+
+
+def test_a_model_that_is_too_large_is_refused_once_its_size_is_known(tmp_path):
+    large = ("optimizer=exact", "logger=none", *DOUBLE, "model.hidden_size=256")
+    with pytest.raises(ConfigError, match="searches models of at most 1,000,000 numbers"):
+        train(composed(*large), tmp_path / "run")
+    assert not (tmp_path / "run" / "reference.safetensors").exists()
