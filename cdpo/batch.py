@@ -127,8 +127,7 @@ class Logps:
     rewards: Tensor | None = None  # [S]; true rewards, where known
     fitted_rewards: Tensor | None = None  # [S]; rewards fitted to the pairs
     base: Tensor | None = None  # [S]; log m, the measure that stands for the reference, up to a constant per Item
-    drawn: Tensor | None = None  # [S]; of draws of the policy, one per Item: what it said of them when it drew them
-    others: Tensor | None = None  # [S]; the mean log-ratio that all other draws had then, nats
+    next_token_kl: Tensor | None = None  # [S]; of the policy's draws, one per Item, of which only this is known; nats
     progress: float = 0.0  # through training: 0 in the first step, 1 in the last one and after it
     baseline: float | None = 0.0  # mean log-ratio of all pairs of earlier steps, nats; None if no loss `reads_baseline`
     soft: bool = True  # False only if every preference is known to be 1
@@ -193,18 +192,6 @@ class Logps:
         """KL(policy || reference) in nats, both `renormalised` on each Item's responses; differentiable. [I]"""
         on_item = self.renormalised()
         return self.sum_by_item(on_item.policy.exp() * on_item.log_ratio())
-
-    def drawn_kl(self) -> Tensor:
-        """What each draw says of KL(policy || reference), whose estimate is the mean; nats, differentiable. [S], S = I
-
-        w Δ - (1 + b) (w - 1): importance sampling, w = policy / `drawn`, which is 1 right after drawing, b = `others`.
-        Unbiased for a policy in which the draws had no part, as E[w] = 1; its gradient w (Δ - b) grad log pi is, as
-        the KL's is E[w Δ grad log pi] (REINFORCE with the leave-one-out baseline of Kool et al. 2019).
-        """
-        assert self.drawn is not None
-        assert self.others is not None
-        weight = (self.policy - self.drawn).exp()
-        return weight * self.log_ratio() - (1 + self.others) * (weight - 1)
 
     @staticmethod
     def joined(parts: Sequence[Logps]) -> Logps:

@@ -60,14 +60,14 @@ class Constraint:
     def penalty(self, logps: Logps) -> Tensor | None:
         """A term per Item, [I], added to the loss (mean over Items), inside autograd; of log-probs only.
 
-        With `draws`, on pairs without rewards, it is asked for the draws too, which have `logps.drawn`: also a mean.
+        With `draws`, on pairs without rewards, it is asked for draws too, with `logps.next_token_kl`: also a mean.
         """
         return None
 
     def measure(self, logps: Logps) -> Mapping[str, Tensor]:
         """Quantities per Item, name -> [I], without gradient; their mean over all Items of the step is in `metrics`.
 
-        Those of draws (`logps.drawn`) besides with <name>_stderr, the standard error of that mean.
+        Those of draws (`logps.next_token_kl`) besides with <name>_stderr, the standard error of that mean.
         """
         return {}
 

@@ -21,10 +21,10 @@ class KLBudget(Constraint):
     Dual ascent: the loss gains multiplier * KL, and after every step multiplier <- max(0, multiplier + rate * (KL -
     budget)). The KL is `Logps.candidate_kl`, a sum over an Item's responses. It holds in the limit, not at every step.
 
-    Pairs without rewards have no such sum. There every `draw_every` steps the policy continues `draws` prompts. Their
-    mean log-ratio, an unbiased estimate of its KL up to the cut at `draw_tokens` tokens, moves the multiplier until it
-    draws again. Only the gradient weighs older draws by what the policy has become (`Logps.drawn_kl`): as an estimate
-    that would be low, for it is these very draws that the penalty has made less likely.
+    Pairs without rewards have no such sum. There every `draw_every` steps the policy continues `draws` prompts, and the
+    KL is that of its next tokens along these draws (`Logps.next_token_kl`): in the step after drawing an unbiased
+    estimate, up to the cut at `draw_tokens` tokens. This is the Rao-Blackwellised
+    estimator of Amini et al. 2025 (arXiv 2504.10637); that the gradient takes the draws as given is our choice.
     """
 
     budget: float  # nats per Item
@@ -49,16 +49,16 @@ class KLBudget(Constraint):
         return "two multipliers for one KL; keep the smaller budget" if isinstance(other, KLBudget) else ""
 
     def penalty(self, logps: Logps) -> Tensor | None:
-        if logps.drawn is not None and self.multiplier > 0:
-            return self.multiplier * logps.drawn_kl()
+        if logps.next_token_kl is not None:
+            return self.multiplier * logps.next_token_kl
         return None if logps.base is None else self.multiplier * logps.candidate_kl()
 
     def excess(self, logps: Logps) -> Tensor:
         return logps.candidate_kl() - self.budget
 
     def measure(self, logps: Logps) -> dict[str, Tensor]:
-        if logps.drawn is not None:
-            return {SAMPLED: logps.drawn - logps.reference}
+        if logps.next_token_kl is not None:
+            return {SAMPLED: logps.next_token_kl.detach()}
         return {} if logps.base is None else {KL: logps.candidate_kl().detach()}
 
     def after_step(self, model: nn.Module, metrics: Mapping[str, float]) -> None:

@@ -54,7 +54,7 @@ class SparseTopK(Projection):
 
     def full(self, gradient: Gradient) -> bool:
         """Whether as many weights have moved as may."""
-        deltas = [delta for _, _, delta in gradient.plain()]
+        deltas = [delta for _, delta in gradient.change.deltas()]
         return sum(int(delta.count_nonzero()) for delta in deltas) >= self.allowed(sum(d.numel() for d in deltas))
 
     def after_step(self, model: nn.Module, metrics: Mapping[str, float]) -> None:

@@ -50,12 +50,16 @@ class Scorer(nn.Module):
             raise ConfigError("this model does not attend over packed trees: ask choose_layout, or pack padded rows")
         head = linear_head(self.model)
         if self.logit_transform is None or head is None:
-            logits = self.model(**inputs_of(batch, whole_model=True)).logits
-            tokens = _plain(logits[0] if batch.attention_mask is None else _at(logits, batch), batch, statistics)
+            tokens = _plain(self.logits(batch), batch, statistics)
         else:
             hidden = _at(decoder(self.model)(**inputs_of(batch)).last_hidden_state, batch)
             tokens = LeanHead(head, self.logit_transform).logps(hidden, batch.position, batch.target, statistics)
         return _summed(tokens, batch), _statistics(tokens, batch) if statistics else None
+
+    def logits(self, batch: Batch) -> Tensor:
+        """All logits wherever response tokens are predicted, by the whole model. [M, vocabulary]"""
+        logits: Tensor = self.model(**inputs_of(batch, whole_model=True)).logits
+        return logits[0] if batch.attention_mask is None else _at(logits, batch)
 
     def ask(self, question: Callable[[Any], A]) -> A:
         """question(model), with the model's weights whole meanwhile, where they are sharded."""
@@ -124,6 +128,13 @@ def _statistics(tokens: TokenLogps, batch: Batch) -> Statistics:
 def _by_response(values: Tensor, batch: Batch) -> Tensor:
     """Sum over the tokens of each response. [N] -> [S]; tokens stand response after response."""
     return torch.segment_reduce(values, "sum", lengths=batch.length)
+
+
+def next_token_kl(policy: Tensor, reference: Tensor, batch: Batch) -> Tensor:
+    """KL(policy || reference) of next tokens, summed along each response, nats. [M, vocabulary], the same -> [S]"""
+    ours, theirs = (one.double().log_softmax(-1) for one in (policy, reference))
+    apart = (ours - theirs).masked_fill(ours == -torch.inf, 0)  # 0 log 0 = 0
+    return _by_response((ours.exp() * apart).sum(-1)[batch.position], batch)
 
 
 def one_by_one(model: nn.Module, items: Sequence[Item]) -> Tensor:

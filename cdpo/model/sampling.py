@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,16 +51,7 @@ def _continued(policy: Any, prompt: Tensor, tokens: int) -> Tensor:
 def sampled_kl(scorer: Scorer, change: Change, samples: Scored, budget: int) -> Tensor:
     """log pi(y) - log pi_ref(y) of every sampled response, nats: their mean estimates KL(pi || pi_ref), up to the cut.
 
-    [samples]
-    """
-    now, start = policy_and_reference(scorer, change, samples, budget)
-    return now - start
-
-
-def policy_and_reference(scorer: Scorer, change: Change, samples: Scored, budget: int) -> tuple[Tensor, Tensor]:
-    """log pi(y) and log pi_ref(y) of every sampled response, nats. [samples], [samples]
-
-    The reference is the policy with its change put aside, so no second model is needed.
+    The reference is the policy with its change put aside, so no second model is needed. [samples]
     """
     scorer.eval()
     with torch.no_grad():
@@ -68,32 +59,23 @@ def policy_and_reference(scorer: Scorer, change: Change, samples: Scored, budget
         now = torch.cat([scorer(batch)[0] for batch in batches])
         with change.at_start():
             start = torch.cat([scorer(batch)[0] for batch in batches])
-    back = torch.tensor([i for indices in samples.portions(budget) for i in indices]).argsort()
-    return now[back], start[back]
+    order = [i for indices, _ in samples.batches(budget) for i in indices]
+    return (now - start)[torch.tensor(order).argsort()]
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Responses that the policy drew after `step` steps, one to each of D prompts, and what was said of them then."""
+    """Responses that the policy drew after `step` steps, one to each of D prompts."""
 
     step: int
-    scored: Scored  # the responses, with the log-probs of the reference
-    policy: Tensor  # [D]; log-probs under the policy that drew them, nats
-
-    def then(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """What `Logps` knows of some of the draws besides: `drawn` and `others`."""
-        log_ratio = self.policy - torch.cat(list(self.scored.reference)).to(self.policy.device)  # type: ignore[arg-type]
-        others = (log_ratio.sum() - log_ratio) / (len(log_ratio) - 1)
-        return {"drawn": self.policy[indices], "others": others[indices]}
+    scored: Scored
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: no later policy can draw them again."""
-        items = [(item.prompt, item.responses[0], item.source) for item in self.scored.items]
-        return {"step": self.step, "items": items, "policy": self.policy, "reference": list(self.scored.reference)}
+        return {"step": self.step, "items": [(one.prompt, one.responses[0], one.source) for one in self.scored.items]}
 
     @staticmethod
     def restored(state: Mapping[str, Any], like: Scored) -> Draws:
         """What `state_dict` returned, in the layout and on the device of other Items."""
         items = [Item(prompt, [response], [], source=source) for prompt, response, source in state["items"]]
-        scored = Scored(items, like.padded, like.device, state["reference"])
-        return Draws(state["step"], scored, state["policy"].to(like.device))
+        return Draws(state["step"], Scored(items, like.padded, like.device))

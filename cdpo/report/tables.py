@@ -40,7 +40,7 @@ CERTIFICATES = (
     "infinity."
 )
 BELOW = (
-    "Below a gap that was searched for: starts; the share of them that found the best, which at 0% another loss has "
+    "Below a gap that was searched for: starts; the share of them that found the best, which at 0% another run has "
     "found; the gap's range over solutions whose objective is within ε (optimizer.epsilon, a share of its fall) of it."
 )
 SEARCHES = "searches: runs that differ in restart or optimizer; one that is certified counts, else the best."

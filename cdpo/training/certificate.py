@@ -37,7 +37,7 @@ from cdpo.training.run import Run
 from cdpo.training.swap import gained_by_swap
 
 PROVEN, SEARCHED = 1e-5, 1e-3  # of the residual: the error of the objective is of its square
-PROMISED = 1e-4  # of the objective's fall: by a step towards infinity, where a gradient says little, or by a swap
+PROMISED = 1e-4  # of the objective's fall, where the best lies at infinity: there a gradient's norm says little
 COARSE = 1e-2  # of weights in fewer digits
 FEASIBLE = 1e-6  # nats
 ROUNDS, SETTLED = 1000, 1e-8  # of several constraints that hold a gradient back together; beside the first gradient
@@ -62,16 +62,21 @@ def certify(run: Run, metrics: Mapping[str, float]) -> dict[str, Any]:
         found.pop("bound", None)
     reached = stationary(found) and found.get("infeasibility", 0.0) <= FEASIBLE
     status = "not_reached" if not reached else "certified" if proof else "searched"
-    return {"status": status, "says": sentence(status, proof, found), "mend": mend(run, status), **found}
+    return {"status": status, "says": sentence(status, proof, found), "mend": mend(run, status, found), **found}
 
 
 def stationary(found: Mapping[str, Any]) -> bool:
     """Whether the gradient is as good as zero; towards infinity, whether one more Newton step would gain nothing."""
-    if found.get("swap", 0.0) > PROMISED:
+    if found.get("swap", 0.0) > found["tolerance"]:
         return False
     if "promised" in found:
         return bool(found["promised"] <= PROMISED)
     return bool(found["residual"] <= found["tolerance"])
+
+
+def swapped(found: Mapping[str, Any]) -> bool:
+    """Whether nothing but another support would be better."""
+    return bool(found["residual"] <= found["tolerance"] < found.get("swap", 0.0))
 
 
 def numbers_of(certificate: dict[str, Any]) -> dict[str, float]:
@@ -230,7 +235,7 @@ def proven(run: Run, metrics: Mapping[str, float]) -> str:
     return "convex" if convex else ""
 
 
-def mend(run: Run, status: str) -> str:
+def mend(run: Run, status: str, found: Mapping[str, Any]) -> str:
     """What to add to the command, so that an optimum is found, or is searched for harder; "" where there is nothing."""
     composed = run.session.task.composed
     if status == "certified":
@@ -239,10 +244,10 @@ def mend(run: Run, status: str) -> str:
         how: Any = run.optimizer_config
         few = run.state.search.get("ranked_by") == "J"  # of the starts are used, however many there are
         harder = "" if few else f"optimizer.starts={4 * starts_of(how, composed['model']['_target_'])}"
-        return harder if status == "searched" else f"optimizer.steps={4 * how.steps}"
+        return harder if status == "searched" or swapped(found) else f"optimizer.steps={4 * how.steps}"
     if small_enough(run.session.spec, run.policy) and solvable(composed):
         return "optimizer=exact trainer.max_steps=1 trainer.batch_size=null"  # whatever the command says of these
-    if status == "searched":
+    if status == "searched" or swapped(found):  # more steps move nothing
         return ""
     schedule = "" if run.frank_wolfe else "trainer.batch_size=null optimizer.schedule=cosine "
     return f"{schedule}trainer.max_steps={4 * run.plan.steps}"
@@ -262,7 +267,7 @@ def sentence(status: str, proof: str, found: dict[str, Any]) -> str:
         return f"{where} ({residual}{left}); other optima are not excluded"
     excess = found.get("infeasibility", 0.0)
     over = f", {excess:.1e} nats over its budget" if excess > FEASIBLE else ""
-    if found.get("swap", 0.0) > PROMISED:
-        return f"another support gains {found['swap']:.0e} of the fall, tolerance {PROMISED:.0e} ({residual}{over})"
+    if swapped(found):
+        return f"another support gains {found['swap']:.0e} of the fall, tolerance {found['tolerance']:.0e} ({residual})"
     held = f"{promised}, tolerance {PROMISED:.0e}" if promised else f"{residual}, tolerance {found['tolerance']:.0e}"
     return f"not stationary ({held}{over})"

@@ -56,7 +56,7 @@ class RunDirectory:
     candidates = _File("candidates.csv")  # the policy itself, on each prompt's candidates
     searches = _File("searches.csv")  # what every start of optimizer=exact came to
     solution = _File("solution.safetensors")  # the change of the table that it found
-    starts = _File("starts.safetensors")  # optima of other losses, to begin from too
+    starts = _File("starts.safetensors")  # optima of other runs, to begin from too
     nonfinite = _File("nonfinite.json")
     data_report = _File("data_report.json")
     micro_batch = _File("micro_batch.json")  # tokens for which a GPU had room, when the run began

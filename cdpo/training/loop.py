@@ -30,7 +30,7 @@ from cdpo.training.finite import check_weights, nonfinite_error
 from cdpo.training.journal import Journal
 from cdpo.training.run import Run, State, restore, snapshot
 from cdpo.training.solve import solve
-from cdpo.training.sync import sync_if_due
+from cdpo.training.sync import sync_if_due, warn_if_never
 
 
 def fit(run: Run) -> State:
@@ -53,6 +53,7 @@ def fit(run: Run) -> State:
             if stop:
                 raise Preempted(f"{stop} after step {state.step}; the same command goes on from there", stop)
             if run.ended:
+                warn_if_never(run)
                 return state
             if not sync_if_due(run, journal):
                 continue

@@ -55,7 +55,7 @@ class State:
 
     @property
     def moved_baseline(self) -> float:
-        """The same of the steps since the reference was moved: log-ratios to another one say nothing of it."""
+        """The same over the steps since the reference was moved, by the moved one: what Logps.baseline holds then."""
         steps = self.step - self.synced
         return self.moved_ratio_sum / steps if steps else 0.0
 

@@ -15,11 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cdpo.constraints.constraint import Constraint
 from cdpo.constraints.sparse_topk import SparseTopK
 from cdpo.model.gradient import Gradient
 from cdpo.training.run import Run
-
-TINY = 1e-300
 
 
 class Weight(NamedTuple):
@@ -44,13 +43,17 @@ class Weight(NamedTuple):
 def gained_by_swap(run: Run, gradient: Gradient, objective: Callable[[], float]) -> float | None:
     """What the exchange gains, as a share of the objective's fall since the start; 0 if it loses.
 
-    None unless one constraint holds the change sparse, its support is full, and the loss's values rank policies. Needs
-    the objective's gradient on the parameters, and five of its values.
+    None unless one constraint holds the change sparse and no other forbids any policy, its support is full but not all
+    there is, the loss's values rank policies, and the objective has fallen. Needs the objective's gradient on the
+    parameters, and five of its values.
     """
-    sparse = [one for one in run.constraints.values() if isinstance(one, SparseTopK)]
-    if len(sparse) != 1 or getattr(run.loss, "weights_move", False) or not sparse[0].full(gradient):
+    sets = [one for one in run.constraints.values() if forbids(one)]
+    if len(sets) != 1 or not isinstance(sets[0], SparseTopK) or getattr(run.loss, "weights_move", False):
         return None
-    leaves, enters, slope = exchange(run)
+    found = exchange(run) if sets[0].full(gradient) else None
+    if found is None:
+        return None
+    leaves, enters, slope = found
     step, down = abs(float(leaves.values[leaves.at]) - leaves.start), math.copysign(1.0, -slope)
     here = objective()
     with run.change.at_start():
@@ -62,11 +65,19 @@ def gained_by_swap(run: Run, gradient: Gradient, objective: Callable[[], float])
         curvature = 2 * (first - without + abs(slope) * step) / step**2
         with enters.moved(down * (abs(slope) / curvature if curvature > 0 else 2 * step)):
             second = objective()
-    return max(0.0, here - min(first, second)) / max(fall, TINY)
+    return max(0.0, here - min(first, second)) / fall if fall > 0 else None
 
 
-def exchange(run: Run) -> tuple[Weight, Weight, float]:
-    """The weight of the support that moved least; that outside with the largest gradient, and its gradient."""
+def forbids(constraint: Constraint) -> bool:
+    """Whether it is a set of policies: it holds back gradients, or has a budget."""
+    return any(getattr(type(constraint), hook) is not getattr(Constraint, hook) for hook in ("hold", "excess"))
+
+
+def exchange(run: Run) -> tuple[Weight, Weight, float] | None:
+    """The weight of the support that moved least; that outside with the largest gradient, and its gradient.
+
+    None where no weight is outside.
+    """
     inside, outside = [], []
     for _, parameter, start in run.change.plain():
         if parameter.grad is None:
@@ -79,5 +90,5 @@ def exchange(run: Run) -> tuple[Weight, Weight, float]:
         slope = float(parameter.grad.flatten()[j := int(most.indices)])
         outside.append((float(most.values), Weight(values, j, float(start.flatten()[j])), slope))
     _, leaves = min(inside, key=lambda one: one[0])
-    _, enters, slope = max(outside, key=lambda one: one[0])
-    return leaves, enters, slope
+    most_of_all, enters, slope = max(outside, key=lambda one: one[0])
+    return (leaves, enters, slope) if most_of_all >= 0 else None

@@ -27,6 +27,13 @@ def sync_if_due(run: Run, journal: Journal) -> bool:
     return True
 
 
+def warn_if_never(run: Run) -> None:
+    """A warning where training was stopped before the reference was moved for the first time."""
+    every = run.trainer.sync_reference
+    if every is not None and not run.state.synced:
+        log.warning("trainer.sync_reference=%d moved no reference: training ended after step %d", every, run.state.step)
+
+
 def sync(run: Run, journal: Journal, every: int) -> None:
     """Move it, and score with it the Items that are seen until it moves again. Raises Preempted, NumericsError."""
     step, began = run.state.step, time.monotonic()

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import signal
 import time
+from itertools import product
 
 import forking
 import pytest
 import torch
+import torch.nn.functional as F
 from composing import composed, train
 from ranked import together
 from run_files import rows, same, timeless, weights
 from small_runs import OWN, interrupted_at, jsonl
 
-from cdpo.batch import Item, Logps
-from cdpo.data.packing import Scored
+from cdpo.batch import Item
+from cdpo.data.packing import pack
 from cdpo.errors import ConfigError, Preempted
 from cdpo.model.attention import ordinary_attention
-from cdpo.model.sampling import Draws
+from cdpo.model.logps import next_token_kl
 from cdpo.system import checkpoint
 from cdpo.training import draws, loop
 
@@ -32,39 +34,61 @@ def settings(tmp_path, *more, count=12):
     return composed(*DRAWN, f"dataset.path={path if path.exists() else jsonl(path, count)}", *more)
 
 
-def logps_of(policy, **columns):
-    none, item = torch.zeros(0), torch.arange(len(policy))
-    return Logps(policy, length=item, item=item, pairs=none, preference=none, weight=none, **columns)
+def words_of(table):
+    """Log-probs of all nine words of two letters; the last row of the table says how a word begins."""
+    rows = table.log_softmax(1)
+    return (rows[3][:, None] + rows[:3]).flatten()
 
 
-@pytest.mark.parametrize("moved", [0.0, 0.5], ids=["fresh", "stale"])
-def test_value_and_gradient_have_the_kls_as_their_expectation(moved):
-    """Two draws of two letters each, the second given the first: the sum over all there can be, 81 x 9 x 9 terms."""
-    generator = torch.Generator().manual_seed(0)
-    reference, drew, moves = torch.randn(3, 4, 3, generator=generator, dtype=torch.float64)
-    table = (drew + moved * moves).requires_grad_()
-
-    def words(logits):  # log-probs of all nine words; the last row says how a word begins
-        rows = logits.log_softmax(1)
-        return (rows[3][:, None] + rows[:3]).flatten()
-
-    policy, then, start = words(table), words(drew), words(reference)
-    exact = (policy.exp() * (policy - start)).sum()
-    one, other = torch.cartesian_prod(torch.arange(9), torch.arange(9)).unbind(1)
-    columns = {"reference": start[one], "drawn": then[one], "others": (then - start)[other]}
-    value = ((then[one] + then[other]).exp() * logps_of(policy[one], **columns).drawn_kl()).sum()
-    torch.testing.assert_close(value, exact, rtol=1e-12, atol=0)
-    ours, theirs = (torch.autograd.grad(x, table, retain_graph=True)[0] for x in (value, exact))
-    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
+def test_along_draws_next_tokens_differ_by_the_kl_in_the_mean():
+    """All nine words, each with its probability: the sum is the KL of the distributions of words."""
+    policy, reference = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    batch = pack([Item([3], [list(word)], []) for word in product(range(3), repeat=2)])
+    context = batch.input_ids.flatten()[batch.predict_at]
+    along = next_token_kl(policy[context], reference[context], batch)
+    ours, theirs = words_of(policy), words_of(reference)
+    torch.testing.assert_close((ours.exp() * along).sum(), (ours.exp() * (ours - theirs)).sum(), rtol=1e-12, atol=0)
 
 
-def test_what_was_said_of_each_draw_and_of_all_others():
-    items = [Item([1], [[2]], []) for _ in range(3)]
-    reference = [torch.tensor([x]) for x in (-1.0, -2.0, -4.0)]
-    found = Draws(0, Scored(items, False, torch.device("cpu"), reference), torch.tensor([-1.5, -1.0, -2.0]))
-    then = found.then([2, 0])  # log-ratios -0.5, 1, 2
-    assert then["drawn"].tolist() == [-2.0, -1.5]
-    assert then["others"].tolist() == [0.25, 1.5]
+def test_a_token_that_cannot_be_counts_nothing():
+    batch = pack([Item([1], [[0, 0]], [])])
+    policy = torch.tensor([[0.0, 0.0, -torch.inf]]).expand(2, 3)
+    reference = torch.zeros(2, 3)
+    found = next_token_kl(policy, reference, batch)
+    torch.testing.assert_close(found, 2 * torch.tensor([3 / 2], dtype=torch.float64).log())
+
+
+def one_after_another(run):
+    """The slow way: draw after draw by the ordinary forward pass, position after position by torch's own KL."""
+
+    def said():
+        for item in run.draws.scored.items:
+            ids = torch.tensor([item.prompt + item.responses[0][:-1]])
+            yield run.policy(input_ids=ids).logits[0, len(item.prompt) - 1 :].log_softmax(-1)
+
+    with torch.no_grad(), run.change.at_start():
+        start = list(said())
+    return sum(F.kl_div(one, now, reduction="sum", log_target=True) for one, now in zip(start, said()))
+
+
+@pytest.mark.parametrize("more", [[], ["constraint=[lora_r4,kl_budget]"]], ids=["full", "lora"])
+def test_value_and_gradient_are_those_of_plain_passes(more, tmp_path, monkeypatch):
+    real, seen = loop.take_step, []
+
+    def compared(run):
+        if run.state.step == 4:
+            ours = draws.kl_along(run, run.draws.scored.batch(tuple(range(5)))).sum()
+            found = [ours, *torch.autograd.grad(ours, run.parameters, allow_unused=True)]
+            with ordinary_attention(run.policy):
+                theirs = one_after_another(run)
+                wanted = [theirs, *torch.autograd.grad(theirs, run.parameters, allow_unused=True)]
+            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+            seen.append(ours.item())
+        real(run)
+
+    monkeypatch.setattr(loop, "take_step", compared)
+    train(settings(tmp_path, *more), tmp_path / "run")
+    assert seen[0] > 1e-3
 
 
 def recorded(monkeypatch):
@@ -90,7 +114,10 @@ def recorded(monkeypatch):
 
 
 def test_the_kl_is_estimated_and_ends_near_its_budget(tmp_path, monkeypatch):
-    """One token, so that the KL is a sum over the vocabulary. Without a budget it would be far above."""
+    """One token, so that the KL is a sum over the vocabulary. Without a budget it would be far above.
+
+    The estimate of the step after drawing is compared, a mean over 20 of the prompts.
+    """
     exact = recorded(monkeypatch)
     one = ["beta=0.01", f"{KL}.draws=20", f"{KL}.draw_every=2", f"{KL}.draw_tokens=1", "trainer.max_steps=100",
            "trainer.eval_every=100"]  # fmt: skip
@@ -100,14 +127,24 @@ def test_the_kl_is_estimated_and_ends_near_its_budget(tmp_path, monkeypatch):
     held = train(settings(tmp_path, *one, f"{KL}.budget=0.2", f"{KL}.rate=0.01"), tmp_path / "held")
     assert held["constraint"]["kl_budget"]["binds"]
     late = [value for step, value in exact.items() if step > 50]
-    assert sum(late) / len(late) == pytest.approx(0.2, rel=0.2)
+    assert sum(late) / len(late) == pytest.approx(0.2, rel=0.3)
     found = {row["step"]: row for row in rows(tmp_path / "held") if "loss" in row}
     assert found[1][ESTIMATE] == pytest.approx(0, abs=1e-9)
-    assert found[3][ESTIMATE] == found[4][ESTIMATE] != found[5][ESTIMATE]
     off = [(found[s][ESTIMATE] - exact[s]) / found[s][f"{ESTIMATE}_stderr"] for s in exact if 1 < s < 99]
     assert abs(sum(off)) < 3 * len(off) ** 0.5
     assert held["certificate"]["status"] == "none"
     assert "draws of the policy" in held["certificate"]["says"]
+
+
+def test_many_tokens_are_held_to_a_budget_too(tmp_path):
+    """Up to 12 tokens; without a budget above 10 nats. What a policy writes may become short: that must not end it."""
+    many = ["beta=0.01", f"{KL}.draws=8", f"{KL}.draw_tokens=12", f"{KL}.budget=0.3", "trainer.max_steps=120",
+            "trainer.eval_every=120", "optimizer.learning_rate=0.001"]  # fmt: skip
+    free = train(settings(tmp_path, *many, f"{KL}.budget=1000"), tmp_path / "free")
+    assert free["metrics"][ESTIMATE] > 10
+    train(settings(tmp_path, *many), tmp_path / "held")
+    late = [row[ESTIMATE] for row in rows(tmp_path / "held") if ESTIMATE in row and row["step"] > 60]
+    assert sum(late) / len(late) == pytest.approx(0.3, rel=0.3)
 
 
 def test_micro_batches_change_nothing_but_rounding(tmp_path):
