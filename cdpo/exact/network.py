@@ -58,9 +58,9 @@ class Network(Policy):
     @staticmethod
     def of(scorer: Scorer, change: Change, data: Scored, micro_batch: int, pause: Callable[[], None]) -> Network:
         """That of a run, whose micro-batches have so many tokens at most."""
-        weights, cpu = weights_of(scorer, change), torch.device("cpu")
-        start = torch.cat([one.start.flatten().cpu() for one in weights])
-        batch = data.batch(tuple(range(len(data.items)))).to(cpu)
+        weights = weights_of(scorer, change)
+        start = torch.cat([one.start.flatten() for one in weights])
+        batch = data.batch(tuple(range(len(data.items))))
         ends = torch.bincount(batch.item).cumsum(0).tolist()
         portions = [
             Portion(torch.cat([torch.arange(ends[i] - len(data.items[i].responses), ends[i]) for i in indices]), one)
@@ -104,9 +104,9 @@ class Network(Policy):
     def scored(self, change: Tensor, batch: Batch) -> Tensor:
         """Log-probs of the responses of a batch. [n] -> [responses]"""
         parts = change.split([one.start.numel() for one in self.weights])
-        moved = {one.name: one.start + part.view_as(one.start).to(one.start) for one, part in zip(self.weights, parts)}
+        moved = {one.name: one.start + part.view_as(one.start) for one, part in zip(self.weights, parts)}
         found: Tensor = functional_call(self.scorer, moved, (batch,))[0]
-        return found.cpu()
+        return found
 
 
 class _Responses(torch.autograd.Function):

@@ -10,8 +10,9 @@ from torch import Tensor
 from cdpo.exact.closed_form import closed_form
 from cdpo.exact.policy import Policy
 from cdpo.exact.problem import Objective
+from cdpo.exact.results import Effort, Searches
 from cdpo.exact.setting import Setting
-from cdpo.exact.solver import FEW, Effort, Searches, Solver, moves
+from cdpo.exact.solver import FEW, Solver, moves
 from cdpo.losses.loss import Loss
 
 

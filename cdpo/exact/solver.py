@@ -21,6 +21,7 @@ from cdpo.exact.factors import explored
 from cdpo.exact.lagrangian import TIGHT, Augmented, Budget, within_budgets
 from cdpo.exact.newton import newton, newton_step
 from cdpo.exact.problem import Objective, norms
+from cdpo.exact.results import Effort, Searches
 from cdpo.exact.setting import Setting
 from cdpo.exact.sparse import EXCHANGES, largest, swapped, thresholded
 from cdpo.exact.watch import Watch
@@ -35,35 +36,9 @@ ON, FURTHER = 1.5, 0.5  # beside its own length: how far a change is looked beyo
 WINNERS, AT_ONCE = 3, 300  # finalists that Newton's method brings further, more where their Hessians have few rows
 QUARTER, ENOUGH = 4, 1e-7  # of the steps; the best of them may take all. Share of the fall that a step has to promise
 FREE_STEPS = 300
-LONG = 4  # times the steps that the best of them takes where each is no exact one
-TURNS = 4  # of projected gradients and L-BFGS
+LONG, TURNS = 4, 4  # times the steps, where none is Newton's; turns of projected gradients and L-BFGS
 NEWTON_UP_TO = 500  # numbers, of a policy that takes long to ask
 MOST_PAIRS, ROOM = 100, 5e7  # that L-BFGS remembers of such a policy; numbers that all of them may have
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How hard to search: starts, steps of each at most, and the norm of the gradient to reach, over the first one."""
-
-    starts: int
-    steps: int
-    tolerance: float
-    seed: int
-
-
-@dataclass(frozen=True)
-class Searches:
-    """What S starts came to. The objective is that of the loss with what the constraints add to it."""
-
-    origins: list[str]  # [S]; where each began
-    x: Tensor  # [S, n]; the trained numbers
-    change: Tensor  # [S, numbers]
-    value: Tensor  # [S]
-    multiplier: Tensor  # [S]; of the KL budget, 0 without one
-    at_start: float  # the objective at the reference
-    at_infinity: Tensor  # [S]; whether an optimum lies there; told of the lowest value only, where values rank
-    promised: float  # what one more Newton step from the lowest value would gain; NaN unless that lies at infinity
-    proof: str  # why the best is the optimum: "convex", "closed form"; "" where it is the best that was found
 
 
 def moves(loss: Loss) -> bool:
@@ -112,23 +87,23 @@ class Solver:
             return self.solved_within(x, budgets)
         if len(x) > 1:
             x = self.explored(x)
-        quick = self.objective.policy.quick
-        best = self.best(self.objective, x, FINALISTS if quick else FEW)
-        x = x.index_copy(0, best, self.minimised(self.objective, x[best]))
+        function, quick = self.function, self.objective.policy.quick
+        best = self.best(function, x, FINALISTS if quick else FEW)
+        x = x.index_copy(0, best, self.minimised(function, self.inside(x[best])))
         at_once = AT_ONCE // int(self.moved(x).sum())
         steps, few = self.effort.steps, -(-self.effort.steps // QUARTER)
         rounds = [(max(WINNERS, at_once), few), (1, steps)] if quick else [(1, few if self.curved else LONG * steps)]
         for most, steps in rounds[: 1 if moves(self.objective.loss) else 2]:
-            best = self.best(self.objective, x, most)
-            x = x.index_copy(0, best, self.finished(self.objective, x[best], steps))
-        return x, none
+            best = self.best(function, x, most)
+            x = x.index_copy(0, best, self.finished(function, self.inside(x[best]), steps))
+        return self.inside(x), none
 
     def explored(self, x: Tensor) -> Tensor:
         """A few steps of every start; of low rank also scans of its rows, where each has its own part of the loss."""
         loss = self.objective.loss
         apart = not moves(loss) and not getattr(loss, "whole_steps", False) and self.objective.policy.linear
         if self.setting.rank is None or not apart or self.objective.table.features is not None:
-            return self.minimised(self.objective, x, EXPLORED)
+            return self.minimised(self.function, self.inside(x), EXPLORED)
         return explored(self.objective, self.minimised, x)
 
     def solved_within(self, x: Tensor, budgets: Sequence[Budget]) -> tuple[Tensor, Tensor]:
@@ -193,7 +168,7 @@ class Solver:
         Where values rank nothing: whether no gradient is left beyond. [S, n] -> [S], []
         """
         none = torch.zeros(len(x), dtype=torch.bool)
-        if self.setting.bounded or self.setting.budget or not self.curved:
+        if self.setting.bounded or self.setting.budget or not self.objective.policy.quick:
             return none, math.nan
         if moves(self.objective.loss):
             beyond = value_and_gradient(self.objective.free(), ON * self.objective.change(x))[1]
@@ -209,7 +184,7 @@ class Solver:
     def budgets(self) -> list[Budget]:
         """What is to be at most 0: the KL less its budget; the norm of a product less its radius."""
         found: list[Budget] = [partial(self._kl_left, self.setting.budget)] if self.setting.budget else []
-        if self.setting.rank is not None and self.setting.radius is not None:
+        if self.setting.rank is not None and self.setting.radius is not None and not self.radial:
             found.append(partial(self._norm_left, self.setting.radius))
         return found
 
@@ -225,9 +200,10 @@ class Solver:
         return projected_gradient(how, x, self._project).x if self.projects else lbfgs(how, x).x
 
     def minimised_again(self, function: Function, x: Tensor) -> Tensor:
-        """The same from near an optimum, with Newton's method. [S, m] -> [S, m]"""
+        """The same from near an optimum, with Newton's method where that is no dearer. [S, m] -> [S, m]"""
         near = self.minimised(function, x, max(1, self.effort.steps // ROUNDS))
-        return self.finished(function, near, -(-self.effort.steps // ROUNDS))
+        again = self.finished if self.objective.policy.quick else self.minimised
+        return again(function, near, -(-self.effort.steps // ROUNDS))
 
     def finished(self, function: Function, x: Tensor, steps: int) -> Tensor:
         """Newton's method, where nothing is projected; else, if values are dear, more of the same. [S, m] -> [S, m]"""
@@ -237,6 +213,24 @@ class Solver:
             return self.minimised(function, x, steps)
         enough = ENOUGH * float((self.at_start - function(x).amin()).abs())
         return newton(replace(self.descent(function, x, steps), enough=enough), x, self.moved(x))
+
+    @property
+    def radial(self) -> bool:
+        """Whether products of factors are scaled into their ball: one search in place of a budget's many."""
+        product_in_ball = self.setting.rank is not None and self.setting.radius is not None
+        return product_in_ball and not self.setting.budget and not self.objective.policy.quick
+
+    def function(self, x: Tensor) -> Tensor:
+        """What is descended: the objective, where x is `inside`. [S, n] -> [S]"""
+        return self.objective(self.inside(x))
+
+    def inside(self, x: Tensor) -> Tensor:
+        """Factors whose product is scaled into its ball, and so projected on it. [S, n] -> [S, n]"""
+        radius = self.setting.radius if self.radial else None
+        if radius is None:
+            return x
+        share = radius / norms(self.objective.change(x)).clamp(min=1e-300)
+        return x * share.clamp(max=1.0).sqrt()[:, None]
 
     def on_faces(self, function: Function, x: Tensor, steps: int) -> Tensor:
         """L-BFGS on the face of the set where projected gradients come to rest, and in turn these, from there.

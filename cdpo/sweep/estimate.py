@@ -15,7 +15,7 @@ from cdpo.config.task import Task
 from cdpo.model.memory import outline, persistent_bytes
 from cdpo.sweep.outcome import Outcome, failure
 from cdpo.system.progress import console
-from cdpo.training.checks import check_small, checked
+from cdpo.training.checks import check_searchable, checked
 from cdpo.training.directory import RunDirectory
 from cdpo.training.job import quiet_libraries
 from cdpo.training.prepare import sets_of, tokenised
@@ -77,7 +77,7 @@ def estimate(composed: dict[str, Any], newest: dict[str, Any]) -> Estimate:
     items = len(sets.train)
     check_sizes(spec.optimizer, spec.trainer, spec.constraint, items, len(sets.held_out))
     policy = outline(spec, tokenizer, data)
-    check_small(spec, policy)
+    check_searchable(spec, policy)
     sets.check_lengths(policy)
     numbers = sum(p.numel() for p in policy.parameters())
     trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)

@@ -32,7 +32,7 @@ from cdpo.losses.candidates import RLHF
 from cdpo.losses.loss import per_unit, unit_weight
 from cdpo.model.gradient import Gradient
 from cdpo.model.tabular import Tabular
-from cdpo.training.checks import small_enough, solvable
+from cdpo.training.checks import solvable, unsearchable
 from cdpo.training.run import Run
 from cdpo.training.swap import gained_by_swap
 
@@ -245,7 +245,7 @@ def mend(run: Run, status: str, found: Mapping[str, Any]) -> str:
         few = run.state.search.get("ranked_by") == "J"  # of the starts are used, however many there are
         harder = "" if few else f"optimizer.starts={4 * starts_of(how, composed['model']['_target_'])}"
         return harder if status == "searched" or swapped(found) else f"optimizer.steps={4 * how.steps}"
-    if small_enough(run.session.spec, run.policy) and solvable(composed):
+    if not unsearchable(run.session.spec, run.policy, run.device.type) and solvable(composed):
         return "optimizer=exact trainer.max_steps=1 trainer.batch_size=null"  # whatever the command says of these
     if status == "searched" or swapped(found):  # more steps move nothing
         return ""

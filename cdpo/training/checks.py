@@ -100,19 +100,23 @@ def _check_searched(spec: Config) -> None:
         raise ConfigError("optimizer=exact:\n  " + "\n  ".join(reasons))
 
 
-def small_enough(spec: Config, policy: Any) -> bool:
-    """Whether optimizer=exact searches a policy of that size, adapted or not: L-BFGS keeps 20 copies for each start."""
+def unsearchable(spec: Config, policy: Any, device: str) -> str:
+    """Why optimizer=exact does not search a policy that is loaded, adapted or not; "" if it does.
+
+    L-BFGS keeps 20 copies of its numbers for each start.
+    """
     numbers = sum(one.numel() for name, one in policy.named_parameters() if "lora_" not in name)
-    return isinstance(spec.model, Tabular) or numbers <= LARGEST
+    if isinstance(spec.model, Tabular):
+        return ""
+    if numbers > LARGEST:
+        return f"it searches models of at most {LARGEST:,} numbers, and this one has more; use a smaller one, or adamw"
+    return "" if device == "cpu" else "it searches models on the CPU: set trainer.device=cpu"
 
 
-def check_small(spec: Config, policy: Any) -> None:
-    """ConfigError for a policy that is too large for optimizer=exact."""
-    if isinstance(spec.optimizer, Exact) and not small_enough(spec, policy):
-        raise ConfigError(
-            f"optimizer=exact searches models of at most {LARGEST:,} numbers, and this one has more: use a smaller "
-            "model, or optimizer=lbfgs or adamw"
-        )
+def check_searchable(spec: Config, policy: Any, device: str = "cpu") -> None:
+    """ConfigError for a policy that optimizer=exact does not search."""
+    if isinstance(spec.optimizer, Exact) and (reason := unsearchable(spec, policy, device)):
+        raise ConfigError(f"optimizer=exact: {reason}")
 
 
 def _check_lbfgs(spec: Config) -> None:

@@ -30,7 +30,7 @@ from cdpo.system.files import read_json, write_json
 from cdpo.system.progress import Progress
 from cdpo.system.ranks import shard
 from cdpo.system.rng import seed_all
-from cdpo.training.checks import check_small
+from cdpo.training.checks import check_searchable
 from cdpo.training.run import Run, drawing_of, plan_of
 from cdpo.training.scored import Sets, asked, scored_with_reference
 from cdpo.training.session import Session
@@ -78,7 +78,7 @@ def prepare(session: Session) -> Ready:
     sets = sets_of(spec, rows, session.pause_alone)
     session.pause()
     policy = spec.model.load(tokenizer, data)
-    check_small(spec, policy)
+    check_searchable(spec, policy, session.device.type)
     with explained(spec.trainer.micro_batch):
         scorer, scored, source = (_sharded if ranks.sharded else _whole)(session, policy, sets)
     if ranks.rank:

@@ -23,9 +23,10 @@ from cdpo.exact.network import Network
 from cdpo.exact.policy import Policy
 from cdpo.exact.problem import Table, norms
 from cdpo.exact.products import Product
+from cdpo.exact.results import Effort, Searches
 from cdpo.exact.search import objective_of, search
 from cdpo.exact.setting import Setting, setting_of
-from cdpo.exact.solver import Effort, Searches, moves
+from cdpo.exact.solver import moves
 from cdpo.losses.candidates import RLHF
 from cdpo.measure.objective import attained, objective
 from cdpo.model.change import factors
@@ -120,7 +121,7 @@ def put(run: Run, found: Searches, best: int, products: Sequence[Product]) -> No
     plain, adapted = list(run.change.plain()), list(run.change.adapted.values())
     changes = found.change[best].split([start.numel() for _, _, start in plain]) if plain else ()
     for (_, parameter, start), change in zip(plain, changes):
-        parameter.copy_(start + change.view_as(start).to(start))
+        parameter.copy_(start + change.view_as(start))
     parts = found.x[best][None].split([one.size for one in products], dim=1) if products else ()
     for layer, product, part in zip(adapted, products, parts):
         for factor, value in zip(factors(layer), reversed(product.factors(part))):

@@ -19,9 +19,9 @@ from cdpo.errors import Preempted
 from cdpo.exact import solver
 from cdpo.exact.descent import value_and_gradient
 from cdpo.exact.network import Network
+from cdpo.exact.results import Effort
 from cdpo.exact.search import objective_of, search
 from cdpo.exact.setting import Setting, setting_of
-from cdpo.exact.solver import Effort
 from cdpo.training import loop
 from cdpo.training.solve import table_of
 
@@ -36,6 +36,7 @@ SETS = {
     "l2_to_start": ["constraint=l2_to_start", "constraint.l2_to_start.strength=0.05"],
     "weight_decay": ["constraint=weight_decay", "constraint.weight_decay.strength=0.02"],
     "lora_r2": ["constraint=lora_r2"],
+    "lora_r1_in_l2_ball": ["constraint=[lora_r1,l2_ball]", "constraint.l2_ball.radius=1.5"],
     "kl_budget": ["constraint=kl_budget", "constraint.kl_budget.budget=0.1"],
     "sparse_topk": ["constraint=sparse_topk", "constraint.sparse_topk.fraction=null", "constraint.sparse_topk.k=4"],
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
+import torch
 from composing import composed, train
 from exact_worlds import EXACT
 
@@ -14,7 +15,7 @@ from cdpo.constraints.l2_to_start import L2ToStart
 from cdpo.constraints.lora import LoRA
 from cdpo.errors import ConfigError
 from cdpo.exact.setting import Setting, setting_of
-from cdpo.training.checks import checked
+from cdpo.training.checks import check_searchable, checked
 
 DOUBLE = ("model=tiny", "model.dtype=float64")
 REFUSED = {  # overrides, and what the message names
@@ -69,3 +70,11 @@ def test_a_model_that_is_too_large_is_refused_once_its_size_is_known(tmp_path):
     with pytest.raises(ConfigError, match="searches models of at most 1,000,000 numbers"):
         train(composed(*large), tmp_path / "run")
     assert not (tmp_path / "run" / "reference.safetensors").exists()
+
+
+def test_a_model_on_a_gpu_is_refused():
+    spec = checked(composed("optimizer=exact", *DOUBLE))
+    with pytest.raises(ConfigError, match=r"set trainer\.device=cpu"):
+        check_searchable(spec, torch.nn.Linear(2, 2), "cuda")
+    check_searchable(spec, torch.nn.Linear(2, 2), "cpu")
+    check_searchable(checked(composed(*EXACT)), torch.nn.Linear(2, 2), "cuda")
