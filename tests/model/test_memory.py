@@ -193,7 +193,7 @@ def test_a_sharded_rank_without_memory_ends(gpu):
 
 
 def sized(folder, trainer=None, device="cuda"):
-    spec = SimpleNamespace(trainer=trainer or Trainer(batch_size=None), optimizer=SimpleNamespace(states=0), draw=0)
+    spec = SimpleNamespace(trainer=trainer or Trainer(batch_size=None), states=0, draw=0)
     directory = RunDirectory(folder)
     session = SimpleNamespace(
         spec=spec, ranks=Ranks(), device=torch.device(device), directory=directory, autocast=nullcontext
