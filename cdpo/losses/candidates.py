@@ -50,8 +50,7 @@ class OnCandidates:
             raise ConfigError(f"{type(self).__name__} needs rewards, and {', '.join(logps.sources[:3])} have none")
         if logps.base is None:  # pairs with fitted rewards: the two alike, which makes f a function of the margin
             logps = replace(logps, base=torch.zeros_like(logps.reference))
-        on_item = logps.renormalised()
-        return on_item.policy, self.beta * on_item.log_ratio() - rewards
+        return logps.renormalised().policy, self.beta * logps.renormalised().log_ratio() - rewards
 
 
 @dataclass(frozen=True)

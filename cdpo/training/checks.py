@@ -10,7 +10,9 @@ from typing import Any
 
 from cdpo.config.build import build
 from cdpo.config.schema import Config
+from cdpo.constraints.bias_only import BiasOnly
 from cdpo.constraints.constraint import Constraint, check
+from cdpo.constraints.freeze import Freeze
 from cdpo.constraints.lora import LoRA
 from cdpo.errors import ConfigError
 from cdpo.exact.setting import setting_of
@@ -85,6 +87,9 @@ def _check_exact(spec: Config) -> None:
     if reason := next((why for name, why in reasons.items() if getattr(spec.loss, name, False)), None):
         raise ConfigError(f"optimizer=exact: this loss {reason}; use optimizer=adamw")
     setting_of(spec.constraint, size=1)
+    frozen = [name for name, one in spec.constraint.items() if isinstance(one, (Freeze, BiasOnly))]
+    if frozen and isinstance(spec.model, Tabular):
+        raise ConfigError(f"constraint={frozen[0]}: a table is one matrix, so nothing would be left to search")
 
 
 def _check_searched(spec: Config) -> None:

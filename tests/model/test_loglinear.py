@@ -160,7 +160,7 @@ def test_what_does_not_fit_is_refused_by_name():
         LogLinear().load(LogLinear().tokenizer(data), data)
     with pytest.raises(ConfigError, match="dataset=bandit"):
         LogLinear().tokenizer(Data([], [], Ledger()))
-    with pytest.raises(ConfigError, match="no solver here knows it"):
+    with pytest.raises(ConfigError, match="constraint=freeze: a table is one matrix"):
         checked(composed(*EXACT, "constraint=freeze"))
 
 
