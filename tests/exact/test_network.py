@@ -145,7 +145,8 @@ def searched(folder, *overrides):
     return train(composed("optimizer=exact", *TINY, *overrides), folder)
 
 
-@pytest.mark.parametrize("loss", ["rlhf", pytest.param("dpo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["rlhf", "dpo"])
 def test_in_a_ball_a_transformer_comes_to_rest_below_long_training(loss, tmp_path):
     own = (f"loss={loss}", "constraint=l2_ball", "constraint.l2_ball.radius=0.1")
     found = searched(tmp_path / "exact", *own, "optimizer.starts=1")
@@ -159,6 +160,7 @@ def test_in_a_ball_a_transformer_comes_to_rest_below_long_training(loss, tmp_pat
     assert found["metrics"]["objective/attained"] > 0.05
 
 
+@pytest.mark.slow
 def test_under_a_rank_it_is_not_worse_than_lbfgs_with_restarts(tmp_path):
     own = ("loss=rlhf", "constraint=lora_r1", "constraint.lora_r1.target_modules=[q_proj,v_proj]")
     found = searched(tmp_path / "exact", *own)

@@ -113,6 +113,7 @@ def recorded(monkeypatch):
     return exact
 
 
+@pytest.mark.slow
 def test_the_kl_is_estimated_and_ends_near_its_budget(tmp_path, monkeypatch):
     """One token, so that the KL is a sum over the vocabulary. Without a budget it would be far above.
 
@@ -136,6 +137,7 @@ def test_the_kl_is_estimated_and_ends_near_its_budget(tmp_path, monkeypatch):
     assert "draws of the policy" in held["certificate"]["says"]
 
 
+@pytest.mark.slow
 def test_many_tokens_are_held_to_a_budget_too(tmp_path):
     """Up to 12 tokens; without a budget above 10 nats. What a policy writes may become short: that must not end it."""
     many = ["beta=0.01", f"{KL}.draws=8", f"{KL}.draw_tokens=12", f"{KL}.budget=0.3", "trainer.max_steps=120",
@@ -191,6 +193,7 @@ def test_a_signal_while_it_draws_puts_that_off_and_loses_nothing(tmp_path, monke
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_kill_9_then_the_same_command(tmp_path):
     """Checkpoints at multiples of 5, draws at multiples of 7."""
     path = jsonl(tmp_path / "rows.jsonl", 12)
