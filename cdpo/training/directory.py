@@ -55,7 +55,7 @@ class RunDirectory:
     objective = _File("objective.csv")
     candidates = _File("candidates.csv")  # the policy itself, on each prompt's candidates
     searches = _File("searches.csv")  # what every start of optimizer=exact came to
-    solution = _File("solution.safetensors")  # the change of the table that it found
+    solution = _File("solution.safetensors")  # the change that it found
     starts = _File("starts.safetensors")  # optima of other runs, to begin from too
     nonfinite = _File("nonfinite.json")
     data_report = _File("data_report.json")

@@ -21,7 +21,7 @@ from cdpo.model.gradient import Gradient
 from cdpo.training.run import Run
 
 
-class Weight(NamedTuple):
+class Number(NamedTuple):
     """One number of a parameter."""
 
     values: Tensor  # all of the parameter, flat
@@ -73,7 +73,7 @@ def forbids(constraint: Constraint) -> bool:
     return any(getattr(type(constraint), hook) is not getattr(Constraint, hook) for hook in ("hold", "excess"))
 
 
-def exchange(run: Run) -> tuple[Weight, Weight, float] | None:
+def exchange(run: Run) -> tuple[Number, Number, float] | None:
     """The weight of the support that moved least; that outside with the largest gradient, and its gradient.
 
     None where no weight is outside.
@@ -86,9 +86,9 @@ def exchange(run: Run) -> tuple[Weight, Weight, float] | None:
         least = torch.where(delta != 0, delta.abs(), torch.inf).min(0)
         most = torch.where(delta == 0, parameter.grad.flatten().abs(), -1.0).max(0)
         values = parameter.data.view(-1)
-        inside.append((float(least.values), Weight(values, i := int(least.indices), float(start.flatten()[i]))))
+        inside.append((float(least.values), Number(values, i := int(least.indices), float(start.flatten()[i]))))
         slope = float(parameter.grad.flatten()[j := int(most.indices)])
-        outside.append((float(most.values), Weight(values, j, float(start.flatten()[j])), slope))
+        outside.append((float(most.values), Number(values, j, float(start.flatten()[j])), slope))
     _, leaves = min(inside, key=lambda one: one[0])
     most_of_all, enters, slope = max(outside, key=lambda one: one[0])
     return (leaves, enters, slope) if most_of_all >= 0 else None
